@@ -1,0 +1,1 @@
+"""The command line of clips: options -> one config object -> one call -> one report."""

@@ -1,0 +1,175 @@
+"""``clips run | plan | status``: all stages of a manifest, what they would do, and where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from . import present
+from .options import LazyCommand, common_options
+from .stages import STAGES
+
+if TYPE_CHECKING:
+    from clips_data.executor import Job, Report
+
+    from .manifest import Manifest
+    from .stamps import Standing
+
+COMMON: Final = {
+    "run": ("work", "processes", "overwrite", "dry-run", "json", "debug", "quiet"),
+    "plan": ("work", "json", "debug"),
+    "status": ("work", "json", "debug"),
+}
+EXAMPLES: Final = {
+    "run": "clips run quickstart --work quickstart",
+    "plan": "clips plan quickstart --set train.samples=1000",
+    "status": "clips status quickstart",
+}
+ABOUT: Final = {
+    "run": "Running it again goes on where it stopped. Outputs are under the manifest's `work`, or under --work.",
+    "plan": "Nothing is written. A stage after a changed one is done again only where its inputs differ.",
+    "status": "Counts, sizes and times of what is finished so far.",
+}
+
+
+def build(name: str, summary: str) -> click.Command:
+    return LazyCommand(
+        name,
+        callback=CALLS[name],
+        parameters=lambda: [
+            click.Argument(["manifest"], metavar="MANIFEST"),
+            click.Option(
+                ["--set", "settings"],
+                multiple=True,
+                metavar="STAGE.KEY=VALUE",
+                help="Override one value of the manifest; may be repeated.",
+            ),
+            *common_options(COMMON[name]),
+        ],
+        example=EXAMPLES[name],
+        help=f"{summary}\n\nMANIFEST is a path or the name of a packaged one. {ABOUT[name]}",
+    )
+
+
+def run(manifest: str, settings: Sequence[str], as_json: bool, debug: bool, **given: Any) -> None:
+    """Does the stages in order. Every stage decides by its own ledger what is missing."""
+    from clips_data.executor import stop_on_sigterm
+
+    from .manifest import load_manifest
+    from .options import job_from
+
+    resolved = load_manifest(manifest, settings, given["work"])
+    job = job_from({**given, "work": resolved.work})
+    if job.dry_run:
+        show_plan(resolved, as_json=as_json)
+        return
+    stop_on_sigterm()
+    save_resolved(resolved)
+    done = [do_stage(resolved, stage, job) for stage in resolved.stages]
+    if as_json:
+        present.print_json({"name": resolved.name, "work": str(resolved.work), "stages": done})
+    else:
+        print(present.table(done, ("stage", "what", "rows", "seconds", "folder")))
+
+
+def do_stage(manifest: Manifest, stage: str, job: Job) -> dict[str, Any]:
+    """Does one stage unless its stamp holds, and returns its row of the final table."""
+    from . import stamps
+
+    before = stamps.standing(manifest, job.work, stage)
+    if before.state == "finished":
+        present.say(f"{stage}: finished before, {_rows_text(before)}skipped", quiet=job.quiet)
+        return _row(before, "skipped", 0.0)
+    present.say(f"{stage}: {before.state} ({before.why})", quiet=job.quiet)
+    about = STAGES[stage]
+    report = about.call(about, manifest.stages[stage], job, manifest.run_of(stage))
+    present.say("\n".join(present.report_lines(report)), quiet=job.quiet)
+    stamps.stamp(manifest, job.work, stage, report)
+    after = stamps.standing(manifest, job.work, stage)
+    assert after.state == "finished", f"{stage} has just finished, but it is {after.state}: {after.why}"
+    return _row(after, _what(report), report.seconds)
+
+
+def save_resolved(manifest: Manifest) -> Path:
+    """Saves the manifest with all its defaults beside the run's outputs."""
+    import yaml
+
+    from clips_data.ledger import write_bytes
+
+    train = "train" if "train" in manifest.stages else next(iter(manifest.stages))
+    path = manifest.work / "runs" / manifest.run_of(train) / "manifest.yaml"
+    write_bytes(path, yaml.safe_dump(manifest.resolved(), sort_keys=False, allow_unicode=True).encode())
+    return path
+
+
+def plan(manifest: str, settings: Sequence[str], as_json: bool, debug: bool, work: Path | None) -> None:
+    from .manifest import load_manifest
+
+    show_plan(load_manifest(manifest, settings, work), as_json=as_json)
+
+
+def show_plan(manifest: Manifest, *, as_json: bool) -> None:
+    """Prints what would run and why. What comes after a stage that is to run waits for it."""
+    from . import stamps
+
+    rows, waits_for = [], ""
+    for stage in manifest.stages:
+        now = stamps.standing(manifest, manifest.work, stage)
+        would_run = now.state != "finished"
+        why = f"{now.state}: {now.why}" if would_run else now.why
+        if not would_run and waits_for:
+            why = f"finished, as long as {waits_for} leaves its inputs as they are"
+        row = _row(now, "run" if would_run else "skip", now.seconds)
+        rows.append({**row, "rows in": now.rows_in, "why": why, "bytes": present.bytes_text(now.num_bytes)})
+        if would_run and not waits_for:
+            waits_for = stage
+    if as_json:
+        present.print_json({"name": manifest.name, "work": str(manifest.work), "stages": rows})
+    else:
+        print(present.table(rows, ("stage", "what", "rows in", "rows", "bytes", "folder", "why")))
+
+
+def status(manifest: str, settings: Sequence[str], as_json: bool, debug: bool, work: Path | None) -> None:
+    """Prints where every stage stands."""
+    from . import stamps
+    from .manifest import load_manifest
+
+    resolved = load_manifest(manifest, settings, work)
+    rows = []
+    for stage in resolved.stages:
+        now = stamps.standing(resolved, resolved.work, stage)
+        row = _row(now, now.state, now.seconds)
+        rows.append({**row, "units": now.num_units or None, "bytes": present.bytes_text(now.num_bytes)})
+    if as_json:
+        present.print_json({"name": resolved.name, "work": str(resolved.work), "stages": rows})
+    else:
+        print(present.table(rows, ("stage", "what", "units", "rows", "bytes", "seconds", "folder")))
+
+
+def _row(standing: Standing, what: str, seconds: float | None) -> dict[str, Any]:
+    return {
+        "stage": standing.stage,
+        "what": what,
+        "rows": _rows_text(standing).removesuffix(", ") or None,
+        "seconds": seconds,
+        "folder": str(standing.folder),
+    }
+
+
+def _rows_text(standing: Standing) -> str:
+    """``"2384 of 2500 ok, "``, or nothing for a stage that counts no rows."""
+    total = sum(standing.counts.values())
+    good = next((name for name in present.GOOD if name in standing.counts), None)
+    if not total:
+        return ""
+    return f"{standing.counts[good]} of {total} {good}, " if good else f"{total}, "
+
+
+def _what(report: Report) -> str:
+    return "skipped" if report.skipped and not report.made else "made"
+
+
+CALLS: Final[dict[str, Callable[..., None]]] = {"run": run, "plan": plan, "status": status}

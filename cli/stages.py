@@ -1,0 +1,228 @@
+"""The stages, left to right: which config, which call, which folders. Commands and manifests read this one table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from .options import load
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from clips_data.executor import Job, Report
+
+DATA_OPTIONS: Final = (
+    "work", "out", "limit", "slice", "processes", "overwrite", "dry-run", "json", "debug", "quiet",
+)  # fmt: skip
+RUN_OPTIONS: Final = ("work", "out", "overwrite", "dry-run", "json", "debug", "quiet")
+DEFAULT_RUN: Final = "default"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. ``config`` and ``entry`` are ``"module:name"`` and are imported only when the stage is used.
+
+    ``folder(config, run)`` is what it writes and ``reads(config, run)`` what it reads, relative to the work folder;
+    ``run`` is the name of the training run. ``call(stage, config, job, run)`` does the work.
+    """
+
+    name: str
+    config: str
+    entry: str
+    folder: Callable[[Any, str], str]
+    reads: Callable[[Any, str], list[str]]
+    about: str
+    example: str
+    positional: str | None = "shards"
+    options: tuple[str, ...] = DATA_OPTIONS
+    call: Callable[[Stage, Any, Job, str], Report] = lambda stage, config, job, run: load(stage.entry)(config, job)
+    watches: Callable[[Any], dict[str, Path]] = lambda config: {}
+    """Files outside the work folder that the stage reads, by the config key that names them."""
+    of_run: bool = False
+    """Whether the stage works on one training run, so that a manifest's name is the run's."""
+
+    @property
+    def config_class(self) -> type[BaseModel]:
+        config: type[BaseModel] = load(self.config)
+        return config
+
+    def output(self, config: Any, job: Job, run: str) -> Path:
+        return job.out or job.work / self.folder(config, run)
+
+
+def _call_train(stage: Stage, config: Any, job: Job, run: str) -> Report:
+    started = time.monotonic()
+    shards = job.only[0].parent if job.only else job.work / "shards"
+    out = stage.output(config, job, run)
+    if job.dry_run:
+        return _dry(stage, out)
+    facts = load(stage.entry)(config, shards=shards, out=out, overwrite=job.overwrite, quiet=job.quiet)
+    return _report(stage, [out], facts, started)
+
+
+def _call_on_run(stage: Stage, config: Any, job: Job, run: str) -> Report:
+    """``eval`` and ``export``: they read a run's checkpoint and the shards, and write into the run's folder."""
+    started = time.monotonic()
+    shards = job.only[0].parent if job.only else job.work / "shards"
+    folder = job.out or job.work / "runs" / run
+    out = folder / stage.name
+    if job.dry_run:
+        return _dry(stage, out)
+    facts = load(stage.entry)(config, run=folder, shards=shards, overwrite=job.overwrite)
+    report = _report(stage, [out], facts, started)
+    if stage.name == "eval":
+        from .facts import score_run
+
+        report.facts.update(score_run(folder, shards, quiet=job.quiet))
+    return report
+
+
+def _dry(stage: Stage, out: Path) -> Report:
+    from clips_data.executor import Report
+
+    return Report(stage.name, facts={"would_write": str(out)})
+
+
+def _report(stage: Stage, units: list[Path], facts: Mapping[str, Any], started: float) -> Report:
+    from clips_data.executor import Report
+
+    plain = {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
+    return Report(stage.name, units=units, made=1, facts=plain, seconds=time.monotonic() - started)
+
+
+def _existing(config: Any, *keys: str) -> dict[str, Path]:
+    """The paths among these values of a config; packaged and hub names are not files of the user."""
+    paths = {key: Path(str(getattr(config, key))) for key in keys}
+    return {key: path for key, path in paths.items() if path.exists()}
+
+
+def _recaption_reads(config: Any, run: str) -> list[str]:
+    """The columns that a prompt takes in are said by the prompt file."""
+    from clips_data.recaption import prompts
+
+    return ["pairs", *(f"captions/{column}" for column in prompts.load(config.prompt).columns if column != "web")]
+
+
+def _recaption_watches(config: Any) -> dict[str, Path]:
+    """The prompt file and, when it is a folder, the model. A change of either is a change of the captions."""
+    import clips_data
+
+    from .manifest import packaged_file
+
+    demo = Path(clips_data.__file__).parent / "demo" / "weights" / "captioner"
+    model = {"model": demo} if config.model == "demo" else _existing(config, "model")
+    prompt = _existing(config, "prompt") or {"prompt": packaged_file(f"prompts/{config.prompt}.yaml")}
+    return {**model, **prompt}
+
+
+def _columns(config: Any) -> list[str]:
+    return [f"captions/{column}" for column in config.columns if column != "web"]
+
+
+STAGES: Final[dict[str, Stage]] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "download",
+            "clips_data.config:DownloadConfig",
+            "clips_data.download:run",
+            folder=lambda config, run: "pairs",
+            reads=lambda config, run: [],
+            watches=lambda config: _existing(config, "source"),
+            about="Every URL gets one row that says what became of it. Finished shards are never fetched again.",
+            example="clips download urls.parquet --url-column url --caption-column alt --processes 2",
+            positional="source",
+        ),
+        Stage(
+            "recaption",
+            "clips_data.config:RecaptionConfig",
+            "clips_data.recaption.run:run",
+            folder=lambda config, run: f"captions/{config.column}",
+            reads=_recaption_reads,
+            watches=_recaption_watches,
+            about="A new prompt or model is a new column. A kill loses at most the batch in flight.",
+            example="clips recaption --column synthetic --prompt describe --model llava-hf/llava-1.5-7b-hf",
+        ),
+        Stage(
+            "score",
+            "clips_data.config:ScoreConfig",
+            "clips_data.score:run",
+            folder=lambda config, run: f"scores/{config.name}",
+            reads=lambda config, run: ["pairs", *_columns(config)],
+            about="Similarities are cosines between the image's and the caption's features of one CLIP model.",
+            example="clips score --columns web,synthetic --model ViT-B-32 --pretrained laion2b_s34b_b79k",
+        ),
+        Stage(
+            "shard",
+            "clips_data.config:ShardConfig",
+            "clips_data.shard:run",
+            folder=lambda config, run: "shards",
+            reads=lambda config, run: [
+                "pairs",
+                *_columns(config),
+                *([f"scores/{config.scores}"] if config.scores else []),
+            ],
+            about="The tars are plain webdataset shards; image bytes are copied unchanged.",
+            example="clips shard --split period --web-ratio 0.8 --heldout-ratio 0.01",
+        ),
+        Stage(
+            "train",
+            "clips_train.config:TrainConfig",
+            "clips_train.train:train",
+            folder=lambda config, run: f"runs/{run}",
+            reads=lambda config, run: ["shards"],
+            about="A stopped run goes on from its last checkpoint when the same command is given again.",
+            example="clips train --name first --model tiny --samples 20000 --batch 64",
+            options=RUN_OPTIONS,
+            call=_call_train,
+            of_run=True,
+        ),
+        Stage(
+            "eval",
+            "clips_train.config:EvalConfig",
+            "clips_train.evals.run:evaluate",
+            folder=lambda config, run: f"runs/{run}/eval",
+            reads=lambda config, run: ["shards", f"runs/{run}"],
+            about="Retrieval both ways and the captioner's texts on the held-out shards.",
+            example="clips eval --name first --work quickstart",
+            options=RUN_OPTIONS,
+            call=_call_on_run,
+            of_run=True,
+        ),
+        Stage(
+            "export",
+            "clips_train.config:ExportConfig",
+            "clips_train.export:export",
+            folder=lambda config, run: f"runs/{run}/export",
+            reads=lambda config, run: ["shards", f"runs/{run}"],
+            about="Features of the exported model are compared with ours, and a difference above 1e-4 is an error.",
+            example="clips export --name first --work quickstart",
+            options=RUN_OPTIONS,
+            call=_call_on_run,
+            of_run=True,
+        ),
+        Stage(
+            "report",
+            "clips_data.config:ReportConfig",
+            "clips_data.report:run",
+            folder=lambda config, run: "report",
+            reads=lambda config, run: ["pairs", "captions", "scores", "shards", f"runs/{run}", f"runs/{run}/eval"],
+            about="The page is static, loads nothing from elsewhere, and escapes every caption.",
+            example="clips report --name first --gallery 24 --work quickstart",
+            positional=None,
+            options=RUN_OPTIONS,
+            of_run=True,
+        ),
+    )
+}
+
+
+def run_name(stage: Stage, config: Any, given: str | None) -> str:
+    """The training run that a stage works on: its config's ``name``, or what was given beside it."""
+    if not stage.of_run:
+        return given or DEFAULT_RUN
+    return str(getattr(config, "name", None) or given or DEFAULT_RUN)

@@ -1,0 +1,169 @@
+"""Whether a stage of a manifest is finished, told without loading the stage.
+
+After a stage has finished, a stamp is committed through the ledger: ``<work>/.stages/<stage>.done.json`` holds the
+config, a digest of every folder that was read, and the counts; ``<stage>.json`` names the files that were made. A
+stamp that still holds lets ``clips run`` pass over the stage. One that does not hold decides nothing: the stage is
+called, and its own ledger knows what is missing and refuses what was made from something else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from .stages import STAGES
+
+if TYPE_CHECKING:
+    from clips_data.executor import Report
+
+    from .manifest import Manifest
+
+FOLDER: Final = ".stages"
+HASHED_BELOW_BYTES: Final = 1 << 20
+"""Smaller files (sidecars, indices, metrics) are told apart by content, larger ones by size: sidecars hold hashes."""
+NOT_OF_A_RUN: Final = ("eval", "export", "manifest.yaml")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one stage stands. ``state`` is finished, missing, changed or damaged, ``why`` one phrase about it."""
+
+    stage: str
+    state: str
+    why: str
+    folder: Path
+    counts: Mapping[str, int] = field(default_factory=dict)
+    seconds: float | None = None
+    num_units: int = 0
+    num_bytes: int = 0
+    rows_in: int | None = None
+
+
+def standing(manifest: Manifest, work: Path, stage: str) -> Standing:
+    """Reads the stamp and the folders of ``stage``; writes nothing."""
+    from clips_data.errors import UserError
+    from clips_data.ledger import read_sidecar
+
+    folder = work / STAGES[stage].folder(manifest.stages[stage], manifest.run_of(stage))
+    unit, found = _unit(manifest, stage), dict(_files(folder))
+    now = Standing(
+        stage,
+        "missing",
+        "begun, not finished" if found else "not begun",
+        folder,
+        num_units=sum(name.endswith(".done.json") for name in found),
+        num_bytes=sum(found.values()),
+        rows_in=_rows_in(manifest, work, stage),
+    )
+    try:
+        last = read_sidecar(work / FOLDER, unit)
+    except UserError as error:
+        return replace(now, state="damaged", why=str(error))
+    if last is None:
+        return now
+    made = json.loads((work / FOLDER / f"{unit}.json").read_text())
+    now = replace(now, counts=last.counts, seconds=made["seconds"])
+    changes = [
+        *_changes("input", last.inputs, inputs_of(manifest, work, stage)),
+        *_changes("config", last.config, manifest.stages[stage].model_dump(mode="json")),
+    ]
+    if changes:
+        return replace(now, state="changed", why="; ".join(changes))
+    for name, size in made["files"].items():
+        if found.get(name) != size:
+            return replace(now, why=f"{name} is gone or has another size")
+    return replace(now, state="finished", why="nothing has changed")
+
+
+def stamp(manifest: Manifest, work: Path, stage: str, report: Report) -> None:
+    """Records that ``stage`` has finished. Called after the stage has committed all of its own files."""
+    from clips_data import ledger
+
+    folder = work / STAGES[stage].folder(manifest.stages[stage], manifest.run_of(stage))
+    unit = _unit(manifest, stage)
+    made = {"files": dict(_files(folder)), "seconds": round(report.seconds, 3), "facts": report.facts}
+    with ledger.readable_disk_errors(work):
+        (work / FOLDER).mkdir(parents=True, exist_ok=True)
+        ledger.part(work / FOLDER / f"{unit}.json").write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
+        ledger.commit(
+            work / FOLDER,
+            unit,
+            [f"{unit}.json"],
+            inputs=inputs_of(manifest, work, stage),
+            config=manifest.stages[stage].model_dump(mode="json"),
+            counts=report.counts,
+        )
+
+
+def inputs_of(manifest: Manifest, work: Path, stage: str) -> dict[str, str]:
+    """Name -> digest of everything that ``stage`` reads: folders to its left, and files its config names."""
+    config, run = manifest.stages[stage], manifest.run_of(stage)
+    digests = {name: digest_tree(work / name) for name in STAGES[stage].reads(config, run)}
+    for name, path in STAGES[stage].watches(config).items():
+        digests[name] = digest_tree(path, with_time=True)
+    return digests
+
+
+def digest_tree(path: Path, *, with_time: bool = False) -> str:
+    """Identifies the files under ``path``; ``with_time`` also compares the time of change of large ones."""
+    from clips_data.ledger import digest_file, digest_json
+
+    if path.is_file():
+        files: Iterable[tuple[str, int]] = [("", path.stat().st_size)]
+    else:
+        files = _files(path)
+    about: dict[str, Any] = {}
+    for name, size in files:
+        file = path / name if name else path
+        if size < HASHED_BELOW_BYTES:
+            about[name] = digest_file(file)
+        else:
+            about[name] = [size, file.stat().st_mtime_ns] if with_time else size
+    return digest_json(about)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    """(name relative to ``folder``, bytes) of its finished files, sorted; what other stages put there is left out."""
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        skip = NOT_OF_A_RUN if here == folder and here.parent.name == "runs" else ()
+        folders[:] = sorted(name for name in folders if name not in skip and not name.endswith(".part"))
+        for name in sorted(names):
+            if name not in skip and not name.startswith(".") and not name.endswith(".part"):
+                file = here / name
+                yield file.relative_to(folder).as_posix(), file.stat().st_size
+
+
+def _unit(manifest: Manifest, stage: str) -> str:
+    """The stamp's name: one for every folder that the stage may write under one work folder."""
+    folder = STAGES[stage].folder(manifest.stages[stage], manifest.run_of(stage))
+    variant = {"recaption": folder, "score": folder}.get(stage)
+    if STAGES[stage].of_run:
+        return f"{stage}-{manifest.run_of(stage)}"
+    return f"{stage}-{variant.rpartition('/')[2]}" if variant else stage
+
+
+def _rows_in(manifest: Manifest, work: Path, stage: str) -> int | None:
+    """Rows that the finished units of the first folder the stage reads hold, as far as sidecars tell."""
+    from clips_data.ledger import SIDECAR
+
+    config = manifest.stages[stage]
+    if stage == "download":
+        return getattr(config, "num_pairs", None) if getattr(config, "source", "") == "demo" else None
+    folders = STAGES[stage].reads(config, manifest.run_of(stage))
+    rows = [
+        sum(json.loads(sidecar.read_text())["counts"].values()) for sidecar in (work / folders[0]).glob("*" + SIDECAR)
+    ]
+    return sum(rows) if rows else None
+
+
+def _changes(kind: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One phrase for every difference: of inputs the name, of a config both values."""
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if kind == "input":
+        return [f"{name} changed" for name in names]
+    return [f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names]

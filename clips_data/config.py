@@ -1,0 +1,121 @@
+"""What a user can choose, per stage. Python holds the defaults, manifests and options hold choices.
+
+Every field becomes an option of its command and a key of a manifest, with the description as its help. Frozen, and
+unknown keys are refused; the resolved config is saved with every output.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class StageConfig(BaseModel):
+    """Base of the stages' configs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class DownloadConfig(StageConfig):
+    """``clips download``: a URL list becomes ``pairs/``."""
+
+    source: str = Field(description="URL list (parquet, csv, tsv, jsonl, txt), or 'demo' for the built-in demo world.")
+    url_column: str = Field("url", description="Column of the list that holds the URL.")
+    caption_column: str | None = Field(
+        "caption", description="Column that holds the web caption; none for URL-only lists."
+    )
+    num_pairs: int = Field(2500, gt=0, description="Demo only: number of URLs in the demo's list.")
+    world: int = Field(0, ge=0, description="Demo only: number of the demo world, which seeds its scenes.")
+    shard_rows: int = Field(1000, gt=0, le=10_000, description="URLs per shard, successful or not.")
+    threads: int = Field(16, gt=0, description="Concurrent requests per worker process.")
+    timeout_s: float = Field(
+        20.0, gt=0, description="Total seconds for one image, redirects and retries' waits excluded."
+    )
+    retries: int = Field(
+        2, ge=0, description="Further attempts where one can help: dns, connect, timeout, 429 and 5xx."
+    )
+    max_wait_s: float = Field(
+        10.0, gt=0, description="Longest wait in seconds before a retry, also when the server asks for more."
+    )
+    max_image_bytes: int = Field(20_000_000, gt=0, description="Largest body in bytes that is read.")
+    max_pixels: int = Field(
+        100_000_000, gt=0, description="Largest image in pixels, by its header, before any decoding."
+    )
+    allow_network: tuple[str, ...] = Field(
+        (), description="CIDR blocks of non-public addresses that may be dialled all the same."
+    )
+    honour_opt_out: bool = Field(
+        True, description="Honour X-Robots-Tag noai, noimageai, noindex, noimageindex and tdm-reservation."
+    )
+    user_agent: str = Field(
+        "clips", description="Token that the User-Agent header starts with and X-Robots-Tag may address."
+    )
+    min_success: Share = Field(0.5, description="Least share of URLs that must succeed; below it the exit code is 3.")
+
+
+class RecaptionConfig(StageConfig):
+    """``clips recaption``: pairs become a caption column."""
+
+    column: str = Field("synthetic", pattern=r"^[a-z][a-z0-9_]*$", description="Name of the column to make.")
+    prompt: str = Field("describe", description="Prompt file: a path, or the name of a packaged one.")
+    model: str = Field(
+        "demo", description="Captioner: a folder or hub name in LLaVA layout, or 'demo' for the packaged one."
+    )
+    model_revision: str | None = Field(None, description="Revision of a hub model; none takes the default branch.")
+    engine: Literal["vllm"] = Field("vllm", description="What runs the captioner.")
+    seed: int = Field(0, ge=0, description="Seeds each row's sampling, together with its key.")
+    batch_rows: int = Field(256, gt=0, description="Rows per journalled batch: what a kill can lose.")
+    max_model_tokens: int = Field(
+        0, ge=0, description="Longest prompt plus caption in tokens; 0 takes the model's own limit."
+    )
+    gpu_memory_share: Share = Field(0.9, description="Share of the GPU's memory for vLLM.")
+    cpu_cache_gib: int = Field(
+        1, gt=0, description="GiB of main memory for vLLM's key-value cache where there is no GPU."
+    )
+    batch_deadline_s: float = Field(
+        600.0, gt=0, description="Seconds after which a batch without answer counts as a dead engine."
+    )
+    min_success: Share = Field(
+        0.95, description="Least share of rows that must get a caption; below it the exit code is 3."
+    )
+
+
+class ScoreConfig(StageConfig):
+    """``clips score``: image-text similarity of each column, from a CLIP checkpoint."""
+
+    name: str = Field("clip", pattern=r"^[a-z][a-z0-9_]*$", description="Name of the scores' folder.")
+    model: str = Field(
+        "demo", description="open_clip name, hf-hub: or local-dir: path, or 'demo' for the packaged small one."
+    )
+    pretrained: str | None = Field(None, description="Pretrained tag of an open_clip name.")
+    columns: tuple[str, ...] = Field(("web", "synthetic"), description="Caption columns to score.")
+    batch: int = Field(64, gt=0, description="Images per forward pass.")
+
+
+class ShardConfig(StageConfig):
+    """``clips shard``: pairs, columns and scores become training data."""
+
+    columns: tuple[str, ...] = Field(
+        ("web", "synthetic"), description="Caption columns to write; the first is the web caption."
+    )
+    split: Literal["period", "sentence", "authors"] = Field(
+        "period", description="Rule that cuts a caption into sub-captions."
+    )
+    web_ratio: Share = Field(0.8, description="Share of samples whose materialised .txt is the web caption.")
+    seed: int = Field(0, ge=0, description="Seeds the mix, the shuffle and the held-out split.")
+    heldout_ratio: Share = Field(0.0, description="Share of images held out for evaluation, by image sha256.")
+    heldout_max: int = Field(0, ge=0, description="Largest number of held-out samples; 0 sets no limit.")
+    shard_rows: int = Field(1000, gt=0, description="Samples per tar.")
+    scores: str | None = Field("clip", description="Name of the scores to carry along; none carries none.")
+
+
+class ReportConfig(StageConfig):
+    """``clips report``: one static HTML page about a work folder."""
+
+    name: str = Field("default", description="Name of the run under runs/ whose curves and scores are shown.")
+    gallery: int = Field(24, ge=0, description="Number of samples shown with image and captions.")
+    seed: int = Field(0, ge=0, description="Draws the samples of the gallery.")

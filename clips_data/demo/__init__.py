@@ -1,0 +1,1 @@
+"""The demo world: scenes that know their truth, served over HTTP, and the small captioner trained on them."""

@@ -1,0 +1,64 @@
+"""What can go wrong in a way that a person can act on.
+
+    ClipsError              exit code
+    ├── UserError           1    a file, a value or an environment that the user can mend
+    ├── UsageError          2    a command line that makes no sense
+    ├── TooFewSucceeded     3    the stage finished, but fewer samples than --min-success succeeded
+    ├── ResumeRefused       4    inputs or config differ from those of the work already done
+    └── Interrupted         130  stopped by a signal; running the same command again resumes
+
+Each message is one or more full sentences: what happened, where, and what to do next. Anything that is not a
+``ClipsError`` is our own mistake and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ClipsError(Exception):
+    """Base of all errors that are reported without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(ClipsError):
+    """Something outside the program is wrong and the user can mend it."""
+
+
+class UsageError(ClipsError):
+    """The command line makes no sense."""
+
+    exit_code = 2
+
+
+class TooFewSucceeded(ClipsError):
+    """A stage finished, but the share of samples that succeeded is below ``min_success``."""
+
+    exit_code = 3
+
+
+class ResumeRefused(ClipsError):
+    """Finished work in the target folder was made from other inputs or another config."""
+
+    exit_code = 4
+
+
+class Interrupted(ClipsError):
+    """SIGINT or SIGTERM stopped the work at a point from which it resumes."""
+
+    exit_code = 130
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that ``word`` was most likely meant to be, or ``None`` when nothing is near."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A sentence to append to a message: the nearest right word, or all of them where none is near."""
+    known = list(choices)
+    near = nearest(word, known)
+    return f"Did you mean {near!r}?" if near else f"Known are: {', '.join(known)}."

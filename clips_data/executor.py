@@ -1,0 +1,141 @@
+"""Maps a stage over its shards: in this process, in local worker processes, or as one slice of a job array.
+
+Workers come from a forkserver that has imported the stage's heavy libraries once, so a task starts in milliseconds
+where a spawned interpreter would take seconds.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clips_data.errors import Interrupted, UsageError, UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a stage is to be run, as opposed to what it makes. Nothing in here may change a finished file.
+
+    ``out`` overrides the stage's folder under ``work``; ``only`` restricts the stage to these finished shards of the
+    stage before (read from stdin by the commands' ``-``); ``limit`` is the number of rows after which the stage stops
+    without finishing the shard it is in.
+    """
+
+    work: Path = Path()
+    out: Path | None = None
+    only: tuple[Path, ...] | None = None
+    limit: int | None = None
+    slice: str | None = None
+    processes: int = 1
+    overwrite: bool = False
+    dry_run: bool = False
+    quiet: bool = False
+
+
+@dataclass
+class Report:
+    """What a stage did. ``units`` are the finished files, in order, for stdout; ``counts`` has rows by outcome.
+
+    ``facts`` are further figures with the unit in their name (``startup_s``, ``captions_per_s``).
+    """
+
+    stage: str
+    units: list[Path] = field(default_factory=list)
+    made: int = 0
+    skipped: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, float | int | str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, counts: dict[str, int]) -> None:
+        for name, number in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + number
+
+
+def parse_slice(text: str | None) -> tuple[int, int]:
+    """``"2/8"`` → ``(2, 8)``: the third of eight slices. ``None`` is the whole."""
+    if text is None:
+        return 0, 1
+    try:
+        index, of = (int(piece) for piece in text.split("/"))
+    except ValueError:
+        raise UsageError(f"--slice {text!r} is not of the form i/n, for example 0/8.") from None
+    if not 0 <= index < of:
+        raise UsageError(f"--slice {text!r} is out of range: slices of {of} are 0/{of} to {of - 1}/{of}.")
+    return index, of
+
+
+def slice_of(units: Sequence[str], part: str | None) -> list[str]:
+    """Every n-th unit, starting with the i-th: slices of one set are disjoint and together complete."""
+    index, of = parse_slice(part)
+    return [unit for number, unit in enumerate(units) if number % of == index]
+
+
+def map_units(
+    work: Callable[[Any], Any], tasks: Iterable[Any], *, num_processes: int, preload: Sequence[str] = ()
+) -> Iterator[Any]:
+    """Yields ``work(task)`` as tasks finish. ``num_processes`` 0 runs them here, one after the other.
+
+    ``preload`` names modules that the workers' parent imports once. A worker that dies ends the stage with a
+    ``UserError``; finished tasks stay finished. SIGTERM and Ctrl-C raise ``Interrupted``.
+    """
+    if num_processes == 0:
+        for task in tasks:
+            yield work(task)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    before = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(num_processes, mp_context=context, initializer=_prepare_worker)
+    try:
+        pending = {pool.submit(work, task) for task in tasks}
+        while pending:
+            finished, pending = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError(
+            "A worker process died (out of memory, or killed from outside). Finished shards are kept; "
+            "run the same command again, with fewer --processes if memory is short."
+        ) from None
+    except BaseException:  # stop the workers in the middle of their shards: unfinished shards are redone
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent answers it
+    die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Ends this child process as soon as its parent is gone, even when the parent was killed."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def stop_on_sigterm() -> None:
+    """Makes preemption (SIGTERM) and Ctrl-C the same clean, resumable stop. Only the main thread can install this."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted("Stopped by a signal. Finished work is kept; run the same command again to go on.")
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)

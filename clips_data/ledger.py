@@ -1,0 +1,282 @@
+"""The commit protocol: the only code that makes a finished file appear.
+
+A unit of work (a shard, a checkpoint, a report) is written as ``NAME.part`` files in its target folder. ``commit``
+flushes them to disk, renames them, and writes the sidecar ``UNIT.done.json`` last. Readers accept only what a sidecar
+names, so a kill at any point leaves either a finished unit or orphans that the next run overwrites. Long work inside a
+unit goes through a ``Journal``: an append-only file, flushed to disk per batch, whose torn last line is ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clips_data.errors import ResumeRefused, UserError
+from clips_data.schema import SCHEMA_VERSION
+
+PART = ".part"
+SIDECAR = ".done.json"
+
+
+def digest_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """sha256 of the canonical JSON text of ``value``: equal values have equal digests, whatever their key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return digest_bytes(text.encode())
+
+
+def part(path: Path) -> Path:
+    """Where the bytes of ``path`` are written before they are committed."""
+    return path.with_name(path.name + PART)
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What ``UNIT.done.json`` says about a finished unit of work.
+
+    ``files`` maps file names to ``{"bytes", "sha256"}``, ``inputs`` maps input names to digests, ``config`` is the
+    resolved config that made the unit, ``counts`` counts its rows by outcome.
+    """
+
+    unit: str
+    files: Mapping[str, Mapping[str, Any]]
+    inputs: Mapping[str, str]
+    config: Mapping[str, Any]
+    counts: Mapping[str, int]
+    tool_version: str
+
+    @property
+    def digest(self) -> str:
+        """Identifies the unit's content for the stages to the right."""
+        return digest_json({name: about["sha256"] for name, about in sorted(self.files.items())})
+
+
+def sidecar_path(folder: Path, unit: str) -> Path:
+    return folder / (unit + SIDECAR)
+
+
+def read_sidecar(folder: Path, unit: str) -> Sidecar | None:
+    """The sidecar of ``unit``, or ``None`` when the unit is not finished.
+
+    Raises ``UserError`` when a sidecar exists whose files are missing, have another size, or whose schema is unknown.
+    """
+    path = sidecar_path(folder, unit)
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    version = content.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema version {version}, this version of clips reads {SCHEMA_VERSION}. "
+            "Use the clips version that wrote it, or make the folder again."
+        )
+    sidecar = Sidecar(**content)
+    for name, about in sidecar.files.items():
+        file = folder / name
+        if not file.exists() or file.stat().st_size != about["bytes"]:
+            found = f"{file.stat().st_size} bytes" if file.exists() else "nothing"
+            raise UserError(
+                f"{path} promises {name} with {about['bytes']} bytes, but {found} is there. "
+                f"Restore the file, or delete {path.name} to make this unit again."
+            )
+    return sidecar
+
+
+def finished_units(folder: Path) -> list[str]:
+    """Names of the units in ``folder`` that have a sidecar, sorted."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name.removesuffix(SIDECAR) for path in folder.glob("*" + SIDECAR))
+
+
+def is_done(folder: Path, unit: str, *, inputs: Mapping[str, str], config: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether ``unit`` is finished and was made from just these inputs and this config.
+
+    Raises ``ResumeRefused`` with the difference when it was made from others; with ``overwrite`` the old sidecar is
+    removed instead, which makes the unit missing work again.
+    """
+    sidecar = read_sidecar(folder, unit)
+    if sidecar is None:
+        return False
+    differences = _differences("input", sidecar.inputs, inputs) + _differences("config", sidecar.config, config)
+    if not differences:
+        return True
+    if overwrite:
+        sidecar_path(folder, unit).unlink()
+        fsync_folder(folder)
+        return False
+    raise ResumeRefused(
+        f"{folder / unit} was finished with other inputs or another config:\n  "
+        + "\n  ".join(differences)
+        + "\nUse --overwrite to make it again, or --out with a new folder to keep both."
+    )
+
+
+def _differences(kind: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name in sorted(set(old) | set(new)):
+        before, after = old.get(name, "(absent)"), new.get(name, "(absent)")
+        if before != after:
+            lines.append(f"{kind} {name}: {_short(before)} before, {_short(after)} now")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text if len(text) <= 60 else text[:24] + "…" + text[-12:]
+
+
+def commit(
+    folder: Path,
+    unit: str,
+    files: list[str],
+    *,
+    inputs: Mapping[str, str],
+    config: Mapping[str, Any],
+    counts: Mapping[str, int],
+) -> Sidecar:
+    """Makes the ``*.part`` files of ``unit`` appear under their names, then its sidecar; on return all is on disk."""
+    from clips_data import __version__
+
+    about: dict[str, dict[str, Any]] = {}
+    for name in files:
+        path = part(folder / name)
+        fsync_file(path)
+        about[name] = {"bytes": path.stat().st_size, "sha256": digest_file(path)}
+    for name in files:
+        part(folder / name).replace(folder / name)
+    fsync_folder(folder)
+    sidecar = Sidecar(unit, about, dict(inputs), dict(config), dict(counts), __version__)
+    write_json(sidecar_path(folder, unit), {"schema_version": SCHEMA_VERSION, **sidecar.__dict__})
+    return sidecar
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as sorted, indented JSON, atomically."""
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file so that it is either absent (or old) or complete, also after a power cut."""
+    with readable_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part(path).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part(path).replace(path)
+        fsync_folder(path.parent)
+
+
+def fsync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Puts renames and removals in ``folder`` on disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def readable_disk_errors(where: Path) -> Iterator[None]:
+    """Turns a full disk, a read-only folder or missing rights into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "the disk quota is used up",
+            errno.EROFS: "the file system is read-only",
+            errno.EACCES: "you have no right to write there",
+            errno.EFBIG: "the file size limit was reached",
+        }
+        if error.errno not in reasons:
+            raise
+        raise UserError(
+            f"Could not write under {where}: {reasons[error.errno]}. Finished work is kept; "
+            "mend this and run the same command again."
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str = "lock") -> Iterator[None]:
+    """Holds an exclusive lock in ``folder`` among processes of this machine; it ends with its holder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{name}").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Journal:
+    """Append-only JSON lines, flushed to disk per batch, so that a kill loses at most the batch in flight.
+
+    The first line states what the rows were made from; a journal of other inputs or config is refused with
+    ``ResumeRefused`` (or dropped with ``overwrite``). A torn last line is cut off on opening.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines, intact_bytes = self._read()
+        if lines and lines[0] != dict(header):
+            if not overwrite:
+                raise ResumeRefused(
+                    f"{path} holds unfinished work of other inputs or another config:\n  "
+                    + "\n  ".join(_differences("", lines[0], header))
+                    + "\nUse --overwrite to drop it, or --out with a new folder."
+                )
+            lines, intact_bytes = [], 0
+        self.rows = lines[1:]
+        self._file = path.open("ab")
+        self._file.truncate(intact_bytes)
+        if not lines:
+            self._write([dict(header)])
+
+    def _read(self) -> tuple[list[dict[str, Any]], int]:
+        if not self.path.exists():
+            return [], 0
+        lines, intact_bytes = [], 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            lines.append(json.loads(line))
+            intact_bytes += len(line)
+        return lines, intact_bytes
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        self._write(rows)
+        self.rows.extend(rows)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        with readable_disk_errors(self.path):
+            self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self, *, remove: bool = False) -> None:
+        """Closes the file; ``remove`` deletes it once its rows are committed elsewhere."""
+        self._file.close()
+        if remove:
+            self.path.unlink()

@@ -1,0 +1,1 @@
+"""Makes caption columns with an MLLM."""

@@ -1,0 +1,51 @@
+"""Names, folders and closed lists that all stages agree on. Standard library only."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+SCHEMA_VERSION: Final = 1
+"""Version of every file that clips writes. Readers accept this version and name it when they meet another one."""
+
+SHARD_DIGITS: Final = 5
+KEY_DIGITS_IN_SHARD: Final = 4
+"""A key is the shard number followed by the row in the shard, so a shard holds at most 10**4 rows."""
+
+IMAGE_EXTENSIONS: Final = ("jpg", "png", "webp")
+
+# Folders under --work, left to right. A stage reads only folders to its left.
+PAIRS, CAPTIONS, SCORES, SHARDS, RUNS = "pairs", "captions", "scores", "shards", "runs"
+
+STATUS_SUCCESS: Final = "success"
+STATUSES: Final = (STATUS_SUCCESS, "failed_to_download", "failed_to_resize")
+"""img2dataset's own three values, kept so that its users' scripts read our tables."""
+
+DOWNLOAD_CODES: Final = (
+    "ok", "dns", "connect", "tls", "timeout", "http_3xx", "http_4xx", "http_5xx", "opt_out", "blocked_address",
+    "bad_url", "too_large", "not_an_image", "too_many_pixels", "decode_failed", "hash_mismatch", "internal",
+)  # fmt: skip
+CAPTION_CODES: Final = ("ok", "refused", "empty", "loop", "echo", "unreadable_image", "prompt_too_long", "engine_died")
+REJECTED_CAPTION_CODES: Final = tuple(code for code in CAPTION_CODES if code != "ok")
+"""Rows with one of these codes have no usable caption; ``shard`` falls back to the web caption."""
+
+
+def shard_name(number: int) -> str:
+    """``7`` → ``"00007"``."""
+    return f"{number:0{SHARD_DIGITS}d}"
+
+
+def sample_key(shard: int, row: int) -> str:
+    """Fixed-width digits, unique in a data set, never with a dot (webdataset cuts names at the first one)."""
+    return f"{shard:0{SHARD_DIGITS}d}{row:0{KEY_DIGITS_IN_SHARD}d}"
+
+
+def caption_metadata(**about: Any) -> dict[str, str]:
+    """The file metadata of a caption table: who made these captions, and how. All values become JSON text."""
+    import json
+
+    required = {"model", "model_revision", "engine", "engine_version", "prompt", "prompt_digest", "sampling", "seed"}
+    assert required == set(about), required ^ set(about)
+    return {
+        "clips_schema_version": str(SCHEMA_VERSION),
+        **{key: json.dumps(about[key], sort_keys=True) for key in sorted(about)},
+    }

@@ -1,0 +1,225 @@
+"""Reads a ``shards/`` folder: what ``index.json`` names, by offset, without extracting anything.
+
+Each tar has an offset index beside it, so a sample is two ``pread`` calls and the order of reading is ours to choose.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from clips_data import draws
+from clips_data.errors import UserError, did_you_mean
+from clips_data.schema import SCHEMA_VERSION
+
+INDEX_FILE = "index.json"
+TRAIN, HELDOUT = "train", "heldout"
+OPEN_FILES = 256
+INDEXES_IN_MEMORY = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample as it lies on disk."""
+
+    key: str
+    image: bytes
+    about: Mapping[str, Any]
+    """The sample's ``.json`` member: columns, sub-caption spans, scores, extra columns, provenance."""
+
+
+class ShardError(Exception):
+    """A sample's bytes are not what the index promises; ``reason`` is ``short_read | json_invalid``."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Split:
+    """The finished shards of one split, in the order of ``index.json``."""
+
+    folder: Path
+    name: str
+    files: tuple[str, ...]
+    num_samples_by_shard: tuple[int, ...]
+    columns: tuple[str, ...]
+    digest: str
+
+    @property
+    def num_samples(self) -> int:
+        return sum(self.num_samples_by_shard)
+
+
+def open_split(folder: Path, name: str) -> Split:
+    """The split ``name`` of a ``shards/`` folder.
+
+    Raises ``UserError`` when the folder is unfinished, of another schema version, lacks the split, or when a tar has
+    not the size that ``index.json`` states.
+    """
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} has no {INDEX_FILE}, so it holds no finished shards. Run `clips shard` first.")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}). Make the shards again with `clips shard`.") from error
+    if index.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema version {index.get('schema_version')}, this version of clips reads {SCHEMA_VERSION}. "
+            "Use the clips version that wrote it, or make the shards again."
+        )
+    if name not in index["splits"]:
+        raise UserError(f"{path} has no split {name!r}. {did_you_mean(name, index['splits'])}")
+    shards = index["splits"][name]["shards"]
+    for shard in shards:
+        _check_size(folder / shard["file"], shard["bytes"], path)
+    return Split(
+        folder=folder,
+        name=name,
+        files=tuple(shard["file"] for shard in shards),
+        num_samples_by_shard=tuple(shard["num_samples"] for shard in shards),
+        columns=tuple(index["columns"]),
+        digest=index["digest"],
+    )
+
+
+def _check_size(tar: Path, size_bytes: int, index: Path) -> None:
+    found = tar.stat().st_size if tar.exists() else None
+    if found != size_bytes:
+        there = "nothing is there" if found is None else f"the file has {found}"
+        raise UserError(
+            f"{index} promises {tar.name} with {size_bytes} bytes, but {there}. Restore it or run `clips shard` again."
+        )
+
+
+class ShardReader:
+    """Random access to the samples of a split. Safe to share between threads and to send to worker processes."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+        self._open_caches()
+
+    def _open_caches(self) -> None:
+        self._file = functools.lru_cache(OPEN_FILES)(self._open_file)
+        self._index = functools.lru_cache(INDEXES_IN_MEMORY)(self._read_index)
+
+    def __getstate__(self) -> Split:
+        return self.split
+
+    def __setstate__(self, split: Split) -> None:
+        self.__init__(split)  # type: ignore[misc]
+
+    def _open_file(self, shard: int) -> _TarFile:
+        return _TarFile(self.split.folder / self.split.files[shard])
+
+    def _read_index(self, shard: int) -> dict[str, list[Any]]:
+        tar = self.split.folder / self.split.files[shard]
+        path = tar.with_name(tar.name.removesuffix(".tar") + ".index.parquet")
+        if not path.exists():
+            raise UserError(f"{path} is missing, without it {tar.name} cannot be read. Run `clips shard` again.")
+        table = pq.read_table(path).to_pydict()
+        promised, found = self.split.num_samples_by_shard[shard], len(table["key"])
+        if found != promised:
+            raise UserError(
+                f"{path} lists {found} samples, {INDEX_FILE} promises {promised}. Run `clips shard` again."
+            )
+        return table
+
+    def key(self, shard: int, row: int) -> str:
+        return str(self._index(shard)["key"][row])
+
+    def about(self, shard: int, row: int) -> dict[str, Any]:
+        """The sample's ``.json`` member. Raises ``ShardError``."""
+        index = self._index(shard)
+        data = self._file(shard).read(index["json_offset"][row], index["json_bytes"][row])
+        try:
+            about = json.loads(data)
+        except ValueError as error:
+            raise ShardError("json_invalid") from error
+        if not isinstance(about, dict):
+            raise ShardError("json_invalid")
+        return about
+
+    def image(self, shard: int, row: int) -> bytes:
+        """The image file's bytes. Raises ``ShardError``."""
+        index = self._index(shard)
+        return self._file(shard).read(index["image_offset"][row], index["image_bytes"][row])
+
+    def row(self, shard: int, row: int) -> Row:
+        """One whole sample. Raises ``ShardError``."""
+        return Row(self.key(shard, row), self.image(shard, row), self.about(shard, row))
+
+
+class _TarFile:
+    """A read-only descriptor that closes itself when it leaves the cache."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        data = os.pread(self._descriptor, num_bytes, offset)
+        if len(data) != num_bytes:
+            raise ShardError("short_read")
+        return data
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+class SampleOrder:
+    """The order in which an epoch visits a split: a function of (seed, epoch) alone.
+
+    Shards are permuted; ``window_shards`` neighbours of that permutation form a window whose samples are permuted as a
+    whole. A position is therefore found without walking there, and few tars are open at a time.
+    """
+
+    def __init__(self, num_samples_by_shard: Sequence[int], *, seed: int, window_shards: int) -> None:
+        self._num_samples_by_shard = list(num_samples_by_shard)
+        self._seed = seed
+        self._window_shards = window_shards
+        self.num_samples = sum(self._num_samples_by_shard)
+        self._windows = functools.lru_cache(2)(self._epoch_windows)
+        self._window = functools.lru_cache(2)(self._window_samples)
+
+    def __getstate__(self) -> tuple[list[int], int, int]:
+        return self._num_samples_by_shard, self._seed, self._window_shards
+
+    def __setstate__(self, state: tuple[list[int], int, int]) -> None:
+        self.__init__(state[0], seed=state[1], window_shards=state[2])  # type: ignore[misc]
+
+    def locate(self, epoch: int, position: int) -> tuple[int, int]:
+        """(shard, row in that shard) of the sample at ``position`` of ``epoch``; 0 ≤ position < ``num_samples``."""
+        _, starts = self._windows(epoch)
+        window = bisect_right(starts, position) - 1
+        shards, shard_starts, order = self._window(epoch, window)
+        flat = order[position - starts[window]]
+        at = bisect_right(shard_starts, flat) - 1
+        return shards[at], flat - shard_starts[at]
+
+    def _epoch_windows(self, epoch: int) -> tuple[list[list[int]], list[int]]:
+        """The shards of each window that holds samples, and the position at which each window starts."""
+        shards = draws.permutation(len(self._num_samples_by_shard), self._seed, "order.shards", epoch)
+        shards = [shard for shard in shards if self._num_samples_by_shard[shard]]
+        windows = [shards[i : i + self._window_shards] for i in range(0, len(shards), self._window_shards)]
+        return windows, _starts([sum(self._num_samples_by_shard[shard] for shard in window) for window in windows])
+
+    def _window_samples(self, epoch: int, window: int) -> tuple[list[int], list[int], list[int]]:
+        shards = self._windows(epoch)[0][window]
+        counts = [self._num_samples_by_shard[shard] for shard in shards]
+        return shards, _starts(counts), draws.permutation(sum(counts), self._seed, "order.window", epoch, str(window))
+
+
+def _starts(counts: Sequence[int]) -> list[int]:
+    return [0, *accumulate(counts)][:-1]

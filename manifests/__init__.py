@@ -1,0 +1,1 @@
+"""Packaged manifests: one YAML file is one run (``clips run quickstart``); prompts are in ``prompts/``."""
