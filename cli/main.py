@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result: Any = cli.main(args=given, prog_name="clips", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has seen enough
-        sys.stdout = None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (click.Abort, KeyboardInterrupt):
         print("clips: Interrupted. Finished work is kept; run the same command again to go on.", file=sys.stderr)

