@@ -1,4 +1,4 @@
-"""Demo world only: how many of its facts a captioner gets right, ours beside the MLLM whose captions it learned from."""
+"""Demo world only: how many facts our captioner gets right, beside the MLLM whose captions it learned from."""
 
 from __future__ import annotations
 

@@ -57,6 +57,7 @@ class CaptionDecoder(nn.Module):
         sequence_BSD = torch.cat([image_BPD, text_BTD, queries_BQD], dim=1)
         num_queries = len(self.queries)
         allowed_SS = prefix_lm_mask(sequence_BSD.shape[1] - num_queries, num_queries, sequence_BSD.device)
-        # torch's attention takes the opposite: true where attending is forbidden.
-        states_BSD = self.transformer(sequence_BSD, attn_mask=~allowed_SS)
+        # open_clip's blocks add the mask to the attention logits.
+        added_SS = torch.zeros_like(allowed_SS, dtype=torch.float32).masked_fill(~allowed_SS, float("-inf"))
+        states_BSD = self.transformer(sequence_BSD, attn_mask=added_SS)
         return self.ln_final(states_BSD[:, -num_queries:])

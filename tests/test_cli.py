@@ -222,6 +222,17 @@ def test_missing_extra_names_its_install_line(
     assert "needs torch, which is not installed. pip install 'clips[train]'" in capsys.readouterr().err
 
 
+def test_interrupt_before_a_stage_watches_for_signals_is_130(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(config: object, job: Job) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fake_stages, "shard", interrupted)
+    assert main(["shard"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("clips: Interrupted.")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_cleanly_with_130(tmp_path: Path, number: signal.Signals) -> None:
     waiting = (
