@@ -19,6 +19,7 @@ DATA_OPTIONS: Final = (
     "work", "out", "limit", "slice", "processes", "overwrite", "dry-run", "json", "debug", "quiet",
 )  # fmt: skip
 RUN_OPTIONS: Final = ("work", "out", "overwrite", "dry-run", "json", "debug", "quiet")
+IN_RUN_OPTIONS: Final = ("work", "overwrite", "dry-run", "json", "debug", "quiet")
 DEFAULT_RUN: Final = "default"
 
 
@@ -68,8 +69,8 @@ def _call_on_run(stage: Stage, config: Any, job: Job, run: str) -> Report:
     """``eval`` and ``export``: they read a run's checkpoint and the shards, and write into the run's folder."""
     started = time.monotonic()
     shards = job.only[0].parent if job.only else job.work / "shards"
-    folder = job.out or job.work / "runs" / run
-    out = folder / stage.name
+    folder = job.work / "runs" / run
+    out = stage.output(config, job, run)
     if job.dry_run:
         return _dry(stage, out)
     facts = load(stage.entry)(config, run=folder, shards=shards, overwrite=job.overwrite)
@@ -176,7 +177,7 @@ STAGES: Final[dict[str, Stage]] = {
             folder=lambda config, run: f"runs/{run}",
             reads=lambda config, run: ["shards"],
             about="A stopped run goes on from its last checkpoint when the same command is given again.",
-            example="clips train --name first --model tiny --samples 20000 --batch 64",
+            example="clips train --name first --size tiny --image-px 96 --samples 20000 --batch 64",
             options=RUN_OPTIONS,
             call=_call_train,
             of_run=True,
@@ -189,7 +190,7 @@ STAGES: Final[dict[str, Stage]] = {
             reads=lambda config, run: ["shards", f"runs/{run}"],
             about="Retrieval both ways and the captioner's texts on the held-out shards.",
             example="clips eval --name first --work quickstart",
-            options=RUN_OPTIONS,
+            options=IN_RUN_OPTIONS,
             call=_call_on_run,
             of_run=True,
         ),
@@ -201,7 +202,7 @@ STAGES: Final[dict[str, Stage]] = {
             reads=lambda config, run: ["shards", f"runs/{run}"],
             about="Features of the exported model are compared with ours, and a difference above 1e-4 is an error.",
             example="clips export --name first --work quickstart",
-            options=RUN_OPTIONS,
+            options=IN_RUN_OPTIONS,
             call=_call_on_run,
             of_run=True,
         ),

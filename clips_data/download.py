@@ -52,7 +52,7 @@ def run(config: DownloadConfig, job: Job) -> Report:
         if job.dry_run:
             report.facts["shards_to_do"] = len(missing)
         else:
-            for counts in _download(missing, url_list, pairs, config, job, sum(s.num_rows for s in missing)):
+            for counts in _download(missing, url_list, pairs, config, job, sum(rows for _, rows in missing)):
                 totals.update(counts)
                 report.made += 1
         shutil.rmtree(scratch)
@@ -68,15 +68,15 @@ def run(config: DownloadConfig, job: Job) -> Report:
 
 def _missing_shards(
     shards: list[sources.ListShard], pairs: Path, config: DownloadConfig, job: Job, report: Report
-) -> tuple[list[sources.ListShard], Counter[str]]:
-    """The shards still to do within this job's slice and limit, and the counts of those that are done."""
+) -> tuple[list[tuple[sources.ListShard, int]], Counter[str]]:
+    """The shards still to do, each with the rows that the limit leaves it, and the counts of those that are done."""
     chosen = set(executor.slice_of([schema.shard_name(s.number) for s in shards], job.slice))
-    missing, totals, rows = [], Counter[str](), 0
+    missing, totals, left = [], Counter[str](), job.limit if job.limit is not None else sys.maxsize
     for shard in shards:
         unit = schema.shard_name(shard.number)
-        if unit not in chosen or (job.limit is not None and rows >= job.limit):
+        if unit not in chosen or left <= 0:
             continue
-        rows += shard.num_rows
+        allowed, left = min(left, shard.num_rows), left - shard.num_rows
         if ledger.is_done(
             pairs,
             unit,
@@ -89,7 +89,7 @@ def _missing_shards(
             totals.update(sidecar.counts)
             report.skipped += 1
         else:
-            missing.append(shard)
+            missing.append((shard, allowed))
     return missing, totals
 
 
@@ -98,7 +98,7 @@ def _digested(config: DownloadConfig) -> dict[str, Any]:
 
 
 def _download(
-    shards: list[sources.ListShard],
+    shards: list[tuple[sources.ListShard, int]],
     url_list: sources.UrlList,
     pairs: Path,
     config: DownloadConfig,
@@ -109,7 +109,6 @@ def _download(
 
     if not shards:
         return
-    cut_rows = job.limit
     with contextlib.ExitStack() as stack:
         fixed_hosts = {}
         if config.source == "demo":
@@ -132,7 +131,7 @@ def _download(
             pairs=pairs,
             policy=policy,
             config=config,
-            limit=cut_rows,
+            parent_pid=os.getpid(),
         )
         progress = stack.enter_context(
             tqdm(total=num_rows, unit="url", desc="download", disable=job.quiet, file=sys.stderr)
@@ -156,13 +155,13 @@ def _check_success(config: DownloadConfig, totals: Counter[str]) -> None:
 
 
 def download_shard(
-    shard: sources.ListShard,
+    task: tuple[sources.ListShard, int],
     *,
     columns: list[str],
     pairs: Path,
     policy: fetch.FetchPolicy,
     config: DownloadConfig,
-    limit: int | None,
+    parent_pid: int,
 ) -> dict[str, int]:
     """Downloads one shard with img2dataset and commits it. Returns its rows by code."""
     import urllib.request
@@ -170,15 +169,17 @@ def download_shard(
     import img2dataset
     from img2dataset.downloader import Downloader
 
+    shard, num_rows = task
+    whole = num_rows == shard.num_rows
+    if not whole:
+        _cut(shard.arrow_file, num_rows)
     opener: Any = _Opener(policy)
     urllib.request.install_opener(opener)
-    finish = functools.partial(
-        _commit, inputs={"list": shard.digest}, config=_digested(config), whole=limit is None or shard.num_rows <= limit
-    )
+    finish = functools.partial(_commit, inputs={"list": shard.digest}, config=_digested(config), whole=whole)
     writers: list[PairWriter] = []
 
     def make_writer(*arguments: Any) -> PairWriter:
-        writers.append(PairWriter(*arguments, num_rows=shard.num_rows, finish=finish))
+        writers.append(PairWriter(*arguments, num_rows=num_rows, finish=finish))
         return writers[-1]
 
     downloader = Downloader(
@@ -204,7 +205,7 @@ def download_shard(
         downloader.download_shard((shard.number, str(shard.arrow_file)))
     (writer,) = writers
     stats = {  # img2dataset has just written its own; it files all our failures under "resize"
-        "count": shard.num_rows,
+        "count": num_rows,
         "successes": writer.counts["ok"],
         "failed_to_download": sum(1 for row in writer.rows if row["status"] == "failed_to_download"),
         "failed_to_resize": sum(1 for row in writer.rows if row["status"] == "failed_to_resize"),
@@ -215,9 +216,20 @@ def download_shard(
         "downloaded_by": f"{Downloader.download_shard.__module__}.{Downloader.download_shard.__qualname__}",
         "img2dataset_version": _version(img2dataset),
         "worker_pid": os.getpid(),
+        "parent_pid": parent_pid,
     }
     ledger.write_json(pairs / f"{schema.shard_name(shard.number)}_stats.json", stats)
     return dict(writer.counts)
+
+
+def _cut(arrow_file: Path, num_rows: int) -> None:
+    """Leaves the first rows of a cut shard's Arrow file."""
+    import pyarrow as pa
+
+    with pa.ipc.open_file(arrow_file) as reader:
+        table = reader.read_all().slice(0, num_rows)
+    with pa.ipc.new_file(str(arrow_file), table.schema) as writer:
+        writer.write_table(table)
 
 
 def _version(module: Any) -> str:

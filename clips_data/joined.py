@@ -1,7 +1,7 @@
 """The joined table: what pairs, caption columns and scores say about the same images, shard by shard.
 
-Rows are joined by key and checked by image sha256, never by their place in a file. A row that is missing on one side, or
-that speaks of another image, ends the stage with its key named.
+Rows are joined by key and checked by image sha256, never by their place in a file. A row that is missing on one side,
+or that speaks of another image, ends the stage with its key named.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 WEB: Final = "web"
 """The caption column that comes from the download; all others are folders under ``captions/``."""
 
-_PAIR_COLUMNS: Final = frozenset(
-    "url caption key status error_message code width height original_width original_height sha256 raw_sha256 image_ext "
-    "bytes final_url attempts".split()
-)
+# fmt: off
+_PAIR_COLUMNS: Final = frozenset((
+    "url", "caption", "key", "status", "error_message", "code", "width", "height", "original_width", "original_height",
+    "sha256", "raw_sha256", "image_ext", "bytes", "final_url", "attempts",
+))
+# fmt: on
+_ADDED: Final = ("text.", "code.", "score.", "place.")
+"""Prefixes of what ``Inputs.table`` adds to the columns of the pairs table."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class Inputs:
         """One row for each successful pair, in list order.
 
         The columns of the pairs table, then for each caption column ``text.<column>`` ("" where there is none) and
-        ``code.<column>``, for scores ``score.<column>``, and the image's place ``image_offset``, ``image_bytes`` in the
-        pairs tar. Raises ``UserError`` where the sides disagree.
+        ``code.<column>``, for scores ``score.<column>``, and the image's place ``place.offset``, ``place.bytes``,
+        ``place.ext`` in the pairs tar. Raises ``UserError`` where the sides disagree.
         """
         import polars as pl
 
@@ -77,7 +81,7 @@ class Inputs:
         members = [m for m in tars.read_members(self.pairs / f"{unit}.tar") if m.ext in schema.IMAGE_EXTENSIONS]
         return pl.DataFrame(
             [(member.key, member.ext, member.offset, member.size_bytes) for member in members],
-            schema={"key": pl.String, "tar_ext": pl.String, "image_offset": pl.Int64, "image_bytes": pl.Int64},
+            schema={"key": pl.String, "place.ext": pl.String, "place.offset": pl.Int64, "place.bytes": pl.Int64},
             orient="row",
         )
 
@@ -119,7 +123,7 @@ def read_table(path: Path) -> pl.DataFrame:
     import polars as pl
 
     try:
-        return pl.read_parquet(path)
+        return pl.read_parquet(path, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -129,17 +133,14 @@ def read_table(path: Path) -> pl.DataFrame:
 
 def extra_columns(table: pl.DataFrame) -> list[str]:
     """The columns that the user's list had beside URL and caption."""
-    return [name for name in table.columns if name not in _PAIR_COLUMNS and "." not in name and name not in _PLACE]
-
-
-_PLACE: Final = frozenset({"tar_ext", "image_offset", "image_bytes"})
+    return [name for name in table.columns if name not in _PAIR_COLUMNS and not name.startswith(_ADDED)]
 
 
 def read_images(pairs: Path, unit: str, table: pl.DataFrame) -> Iterator[bytes]:
     """The image bytes of the rows of ``table`` (made by ``Inputs.table``), one in memory at a time."""
     tar = pairs / f"{unit}.tar"
     with tars.open_tar(tar) as file:
-        for key, sha256, offset, size in table.select("key", "sha256", "image_offset", "image_bytes").iter_rows():
+        for key, sha256, offset, size in table.select("key", "sha256", "place.offset", "place.bytes").iter_rows():
             yield check_image(tars.read_at(file, tar, offset, size), tar, key, sha256)
 
 
@@ -163,7 +164,8 @@ def _check_folder(folder: Path, units: tuple[str, ...], command: str, option: st
     if missing:
         some = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise UserError(
-            f"{folder} lacks {len(missing)} of {len(units)} shards that pairs has ({some}). Run `{command}` to finish it."
+            f"{folder} lacks {len(missing)} of {len(units)} shards that pairs has ({some}). "
+            f"Run `{command}` to finish it."
         )
 
 
@@ -212,8 +214,9 @@ def _join(table: pl.DataFrame, other: pl.DataFrame, where: Path, file: Path) -> 
     if len(wrong):
         row: dict[str, Any] = wrong.row(0, named=True)
         raise UserError(
-            f"{len(wrong)} of {len(joined)} rows of {file} are about other images than {where}: key {row['key']} has image "
-            f"sha256 {row['sha256.other']} there and {row['sha256']} in the pairs. Make {file.name} again from these pairs."
+            f"{len(wrong)} of {len(joined)} rows of {file} are about other images than {where}: key {row['key']} has "
+            f"image sha256 {row['sha256.other']} there and {row['sha256']} in the pairs. "
+            f"Make {file.name} again from these pairs."
         )
     return joined.drop("sha256.other")
 
@@ -236,7 +239,7 @@ def _check_unique(table: pl.DataFrame, where: Path) -> None:
 def _check_images(table: pl.DataFrame, where: Path) -> pl.DataFrame:
     import polars as pl
 
-    wrong = table.filter(pl.col("tar_ext").is_null() | (pl.col("tar_ext") != pl.col("image_ext")))
+    wrong = table.filter(pl.col("place.ext").is_null() | (pl.col("place.ext") != pl.col("image_ext")))
     if len(wrong):
         raise UserError(
             f"The tar beside {where} has no {wrong['image_ext'][0]} image for key {wrong['key'][0]} ({len(wrong)} of "

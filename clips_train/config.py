@@ -25,10 +25,16 @@ class ModelConfig(StageConfig):
     image_px: int = Field(224, gt=0, description="Side of the square input image in pixels; a multiple of the patch.")
     context_length: int = Field(80, gt=3, description="Slots of a text, special tokens included.")
     target_length: int = Field(128, gt=3, description="Slots that the captioner predicts: its number of queries.")
-    tokenizer: Literal["bpe", "bert"] = Field("bpe", description="bpe is open_clip's own; bert is the paper's, from bert_vocab.")
-    bert_vocab: str | None = Field(None, description="Path of the BERT vocabulary (one entry a line), for tokenizer=bert.")
+    tokenizer: Literal["bpe", "bert"] = Field(
+        "bpe", description="bpe is open_clip's own; bert is the paper's, from bert_vocab."
+    )
+    bert_vocab: str | None = Field(
+        None, description="Path of the BERT vocabulary (one entry a line), for tokenizer=bert."
+    )
     decoder: bool = Field(True, description="Whether there is a captioner beside the two towers.")
-    pos_embed: Literal["sincos", "learned"] = Field("sincos", description="Image positions: the fixed table of the paper's code, or learned.")
+    pos_embed: Literal["sincos", "learned"] = Field(
+        "sincos", description="Image positions: the fixed table of the paper's code, or learned."
+    )
 
     @model_validator(mode="after")
     def _patches_fill_the_image(self) -> ModelConfig:

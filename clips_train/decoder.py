@@ -36,7 +36,15 @@ class CaptionDecoder(nn.Module):
     """
 
     def __init__(
-        self, *, width: int, layers: int, heads: int, num_queries: int, vocab_size: int, image_width: int, text_width: int
+        self,
+        *,
+        width: int,
+        layers: int,
+        heads: int,
+        num_queries: int,
+        vocab_size: int,
+        image_width: int,
+        text_width: int,
     ) -> None:
         super().__init__()
         self.image_projection = nn.Linear(image_width, width, bias=False)
@@ -60,4 +68,5 @@ class CaptionDecoder(nn.Module):
         # open_clip's blocks add the mask to the attention logits.
         added_SS = torch.zeros_like(allowed_SS, dtype=torch.float32).masked_fill(~allowed_SS, float("-inf"))
         states_BSD = self.transformer(sequence_BSD, attn_mask=added_SS)
-        return self.ln_final(states_BSD[:, -num_queries:])
+        normed_BQD: Tensor = self.ln_final(states_BSD[:, -num_queries:])
+        return normed_BQD

@@ -33,32 +33,46 @@ def contrastive_loss(image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Tensor
 
 
 def caption_loss(
-    states_BQD: Tensor, head_weight_VD: Tensor, labels_BQ: Tensor, mask_BQ: Tensor, *, chunk: int = CHUNK
+    states_BQD: Tensor,
+    head_weight_VD: Tensor,
+    labels_BQ: Tensor,
+    mask_BQ: Tensor,
+    *,
+    chunk: int = CHUNK,
+    num_counted: int | None = None,
 ) -> Tensor:
     """Cross-entropy averaged over the counted slots of the whole batch; 0 when none counts (METHOD §2.2).
 
     Slots that do not count never reach the head, and logits exist for ``chunk`` slots at a time. The product with the
-    head runs in the autocast dtype, the log-sum-exp in fp32.
+    head runs in the autocast dtype, the log-sum-exp in fp32. Where this is one part of a batch (a micro-batch, a
+    rank), ``num_counted`` is the number of counted slots in all of it: the parts' losses then sum to the batch's.
     """
     counted = mask_BQ.bool()
     states_ND, labels_N = states_BQD[counted], labels_BQ[counted]
     device = states_BQD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states_ND.dtype
-    total: Tensor = _ChunkedCrossEntropy.apply(states_ND, head_weight_VD, labels_N, dtype, chunk)
-    return total / max(1, len(labels_N))
+    wants_grad = torch.is_grad_enabled() and (states_ND.requires_grad or head_weight_VD.requires_grad)
+    summed: Any = _ChunkedCrossEntropy.apply
+    total: Tensor = summed(states_ND, head_weight_VD, labels_N, dtype, chunk, wants_grad)
+    return total / max(1, len(labels_N) if num_counted is None else num_counted)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy whose gradients are computed with the logits, chunk by chunk, and only scaled in backward."""
+    """Summed cross-entropy whose gradients are computed with the logits, chunk by chunk; backward only scales them."""
 
     @staticmethod
     def forward(
-        ctx: Any, states_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, dtype: torch.dtype, chunk: int
+        ctx: Any,
+        states_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        dtype: torch.dtype,
+        chunk: int,
+        wants_grad: bool,
     ) -> Tensor:
         with torch.autocast(states_ND.device.type, enabled=False):
             weight = weight_VD.to(dtype)
             total = torch.zeros((), device=states_ND.device)
-            wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
             grad_states = torch.empty_like(states_ND, dtype=torch.float32) if wants_grad else None
             grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_grad else None
             for start in range(0, len(labels_N), chunk):
@@ -85,6 +99,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (
             (grad_states * grad_total).to(states_dtype),
             (grad_weight * grad_total).to(weight_dtype),
+            None,
             None,
             None,
             None,

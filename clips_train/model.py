@@ -26,6 +26,8 @@ VOCAB_SIZES = {"bpe": 49408, "bert": 32000}
 
 MEAN_RGB, STD_RGB = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POSITION_TEMPERATURE = 10_000.0
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+STD_OF_CUT_NORMAL = 0.87962566  # of a unit normal cut at -2 and 2
 REFERENCE_DEPTH = 12  # text tower and decoder scale their output projections as for this depth, whatever theirs
 
 
@@ -75,7 +77,11 @@ def tower_config(config: ModelConfig) -> dict[str, Any]:
         "norm_kwargs": {"eps": NORM_EPS},
     }
     if config.tokenizer == "bert":
-        text |= {"hf_tokenizer_name": "bert-base-uncased", "tokenizer_mode": "clips", "tokenizer_kwargs": {"strip_sep_token": True}}
+        text |= {
+            "hf_tokenizer_name": "bert-base-uncased",
+            "tokenizer_mode": "clips",
+            "tokenizer_kwargs": {"strip_sep_token": True},
+        }
     return {
         "embed_dim": sizes.embed_dim,
         "vision_cfg": {
@@ -108,13 +114,13 @@ class ClipsModel(nn.Module):
         self.decoder = decoder
 
     def encode_image(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit features [B, E] in fp32, and patch tokens [B, P, width] before the final norm, without the class token."""
+        """Unit features fp32 [B, E], and patch tokens [B, P, width] before the final norm, without the class token."""
         visual = self.towers.visual
         pooled_BW, patch_tokens_BPW = visual._pool(visual.transformer(visual._embeds(image_BCHW)))
         return _unit(pooled_BW @ visual.proj), patch_tokens_BPW
 
     def encode_text(self, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit features [B, E] in fp32, and states [B, T, width] before the final norm, without the pooled last slot."""
+        """Unit features fp32 [B, E], and states [B, T, width] before the final norm, without the pooled last slot."""
         towers = self.towers
         states_BLW = towers.token_embedding(ids_BL) + towers.positional_embedding
         states_BLW = towers.transformer(states_BLW, attn_mask=towers.attn_mask)
@@ -141,8 +147,7 @@ def _unit(features_BE: Tensor) -> Tensor:
 def build_model(config: ModelConfig, *, seed: int = 0) -> ClipsModel:
     """A freshly initialised model; equal seeds give equal weights, whatever torch's global generator holds."""
     sizes = SIZES[config.size]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # constructors draw from the global generator; their values are replaced
         towers = open_clip.CLIP(**tower_config(config))
         decoder = None
         if config.decoder:
@@ -155,8 +160,8 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> ClipsModel:
                 image_width=sizes.image.width,
                 text_width=sizes.text.width,
             )
-        model = ClipsModel(towers, decoder)
-        initialise(model)
+    model = ClipsModel(towers, decoder)
+    initialise(model, torch.Generator().manual_seed(seed))
     if config.pos_embed == "sincos":
         grid = config.image_px // sizes.patch_px
         model.towers.visual.positional_embedding.data.copy_(sincos_positions(grid, sizes.image.width))
@@ -178,42 +183,50 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(model: ClipsModel) -> None:
-    """Initial values measured on the authors' JAX code (METHOD §1.2), biases 0, norms 1."""
+def initialise(model: ClipsModel, generator: torch.Generator) -> None:
+    """Initial values measured on the authors' JAX code (METHOD §1.2); biases 0, norms 1."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
         for name, parameter in module.named_parameters(recurse=False):
-            if name in ("bias", "in_proj_bias"):
+            if name in ("bias", "in_proj_bias") and not isinstance(module, nn.LayerNorm):
                 nn.init.zeros_(parameter)
-    _initialise_image_tower(model.towers.visual)
-    _initialise_blocks(model.towers.transformer)
-    nn.init.normal_(model.towers.token_embedding.weight, std=0.02)
-    nn.init.normal_(model.towers.positional_embedding, std=0.01)
-    nn.init.normal_(model.towers.text_projection, std=model.towers.transformer.width**-0.5)
+    towers = model.towers
+    nn.init.constant_(towers.logit_scale, INITIAL_LOGIT_SCALE)
+    _initialise_image_tower(towers.visual, generator)
+    _initialise_blocks(towers.transformer, generator)
+    nn.init.normal_(towers.token_embedding.weight, std=0.02, generator=generator)
+    nn.init.normal_(towers.positional_embedding, std=0.01, generator=generator)
+    nn.init.normal_(towers.text_projection, std=towers.transformer.width**-0.5, generator=generator)
     if model.decoder is not None:
-        _initialise_blocks(model.decoder.transformer)
-        nn.init.normal_(model.decoder.queries)
-        for linear in (model.decoder.image_projection, model.decoder.text_projection, model.decoder.head):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        decoder = model.decoder
+        _initialise_blocks(decoder.transformer, generator)
+        nn.init.normal_(decoder.queries, generator=generator)
+        for linear in (decoder.image_projection, decoder.text_projection, decoder.head):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5, generator=generator)
 
 
-def _initialise_image_tower(visual: Any) -> None:
+def _initialise_image_tower(visual: Any, generator: torch.Generator) -> None:
     width = visual.class_embedding.shape[0]
-    nn.init.normal_(visual.class_embedding, std=1e-6)
+    nn.init.normal_(visual.class_embedding, std=1e-6, generator=generator)
+    nn.init.normal_(visual.positional_embedding, std=width**-0.5, generator=generator)
+    nn.init.normal_(visual.proj, std=width**-0.5, generator=generator)
+    fan_in = visual.conv1.weight[0].numel()
+    nn.init.normal_(visual.conv1.weight, std=fan_in**-0.5, generator=generator)  # flax's default, nothing was measured
     for block in visual.transformer.resblocks:
         for weight in (block.attn.in_proj_weight, block.attn.out_proj.weight, block.mlp.c_fc.weight):
-            nn.init.normal_(weight, std=0.02)
-        std = math.sqrt(0.3072 / width)
-        nn.init.trunc_normal_(block.mlp.c_proj.weight, std=std, a=-2 * std, b=2 * std)
+            nn.init.normal_(weight, std=0.02, generator=generator)
+        uncut_std = math.sqrt(0.3072 / width) / STD_OF_CUT_NORMAL
+        cut = 2 * uncut_std
+        nn.init.trunc_normal_(block.mlp.c_proj.weight, std=uncut_std, a=-cut, b=cut, generator=generator)
 
 
-def _initialise_blocks(transformer: Any) -> None:
+def _initialise_blocks(transformer: Any, generator: torch.Generator) -> None:
     """Widths set the scale; what returns to the residual stream is scaled down as for 12 blocks."""
     width = transformer.width
     output_std = width**-0.5 * (2 * REFERENCE_DEPTH) ** -0.5
     for block in transformer.resblocks:
-        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-        nn.init.normal_(block.attn.out_proj.weight, std=output_std)
-        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(block.mlp.c_proj.weight, std=output_std)
+        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5, generator=generator)
+        nn.init.normal_(block.attn.out_proj.weight, std=output_std, generator=generator)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5, generator=generator)
+        nn.init.normal_(block.mlp.c_proj.weight, std=output_std, generator=generator)

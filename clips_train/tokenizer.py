@@ -1,8 +1,9 @@
 """Text to ids: open_clip's own byte-pair encoding, or the paper's BERT word pieces in the CLIPS layout (METHOD §1.4).
 
 Both lay a text of L slots out as start, pieces, end, padding. ``bert`` puts [CLS] into the last slot, which the text
-tower pools. ``bpe`` has no such token: there the last slot of a text that does not fill it is padding, and as pads are
-attended to like any token, its position serves as the pooled one.
+tower pools. ``bpe`` has no such token: its last slot is padding (the end token where a text fills all slots, as in
+stock open_clip). The tower attends in both directions and masks no padding, so that slot sees the whole text, and its
+position embedding tells it apart from other padding.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ class Tokenizer:
         self.vocab_size, self.bos_id = vocabulary.vocab_size, vocabulary.bos_id
         self.eos_id, self.pad_id = vocabulary.eos_id, vocabulary.pad_id
         self._pieces = functools.lru_cache(CACHED_TEXTS)(vocabulary.encode)
+        self._target_pieces = functools.lru_cache(CACHED_TEXTS)(vocabulary.encode_target)
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[_Vocabulary]]:
+        return Tokenizer, (self._vocabulary,)  # caches stay behind when it is sent to a worker process
 
     def pieces(self, text: str) -> list[int]:
         """Ids of the text itself, without special tokens and without limit."""
@@ -78,7 +83,7 @@ class Tokenizer:
         ids_NQ = torch.full((len(texts), length), self.pad_id, dtype=torch.long)
         mask_NQ = torch.zeros(len(texts), length, dtype=torch.bool)
         for row, text in enumerate(texts):
-            pieces = self._vocabulary.encode_target(text)[: length - 2]
+            pieces = self._target_pieces(text)[: length - 2]
             laid_out = [self.bos_id, *pieces, self.eos_id]
             ids_NQ[row, : len(laid_out)] = torch.tensor(laid_out)
             mask_NQ[row, : len(laid_out)] = True
@@ -148,14 +153,18 @@ class _WordPieces:
     """BERT word pieces with the ids of the released CLIPS checkpoints."""
 
     vocab_size = 32_000
-    pad_id, bos_id, eos_id, last_id = 0, 1, 2, 101
+    pad_id, bos_id, eos_id = 0, 1, 2
+    last_id: int | None = 101
 
     def __init__(self, vocab: Path) -> None:
         try:
             from tokenizers import Tokenizer as HfTokenizer
             from tokenizers import decoders, models, normalizers, pre_tokenizers
         except ImportError:
-            raise UserError("The BERT tokenizer needs another package. Install it: pip install 'clips[train]'") from None
+            raise UserError(
+                "The BERT tokenizer needs the package tokenizers, which is not installed. Run: pip install tokenizers, "
+                "or use --tokenizer bpe, which needs nothing more."
+            ) from None
 
         def build() -> Any:
             entries = {entry: number for number, entry in enumerate(vocab.read_text(encoding="utf-8").splitlines())}

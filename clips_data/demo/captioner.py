@@ -1,4 +1,4 @@
-"""Trains the demo's captioner: a LLaVA (CLIP-style ViT, projector, Llama) of 2.3 M parameters, on scenes that know their truth.
+"""Trains the demo's captioner, a LLaVA (CLIP-style ViT, projector, Llama) of 2.3 M parameters, on scenes.
 
     python -m clips_data.demo.captioner --out weights/
 
@@ -50,7 +50,7 @@ HEADS = {
 
 
 def _render(index: int) -> tuple[bytes, list[list[int]]]:
-    """One training scene: its ``IMAGE_PX`` square as RGB bytes and, per place, the class of each head (-1: nothing there)."""
+    """One training scene: its ``IMAGE_PX`` square as RGB bytes and, per place, the class of each head (-1: empty)."""
     from PIL import Image
 
     scene = scenes.make_scene(TRAIN_WORLD, index)
@@ -77,7 +77,7 @@ def render_pool(num_scenes: int, num_processes: int) -> tuple[np.ndarray, np.nda
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most 1,024 entries, learned from descriptions and web captions: it can spell any text."""
+    """A byte-level BPE of at most 1,024 entries, learned from the demo's texts: it can spell any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -253,7 +253,7 @@ def caption_ids(tokenizer: Any, num_scenes: int) -> list[tuple[list[int], list[i
 def caption_loss(
     model: Any, heads: PlaceHeads, pixels_BCHW: Any, labels_BPH: Any, texts: list[tuple[list[int], list[int]]]
 ) -> Any:
-    """Next-token loss on the answers plus a tenth of the places' loss; shown are both and the share of answers' tokens right."""
+    """Next-token loss on the answers plus a tenth of the places' loss; shown are both and the share of right tokens."""
     import torch
 
     longest = max(len(prompt) + len(answer) for prompt, answer in texts)

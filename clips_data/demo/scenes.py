@@ -198,7 +198,7 @@ def describe(scene: Scene) -> str:
 
 
 def web_caption(scene: Scene) -> str:
-    """What a web page says about the picture: short, often vague, sometimes wrong. English facts about half of the time."""
+    """What a web page says about the picture: short, often vague, sometimes wrong or in another language."""
     rng = random.Random(f"web/{scene.seed}/{scene.index}")
     first, second = (f"{thing.colour} {thing.shape}" for thing in rng.sample(scene.objects, 2))
     kind = rng.random()

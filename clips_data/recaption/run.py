@@ -134,7 +134,8 @@ class _Column:
             sidecar = ledger.read_sidecar(folder, unit)
             if sidecar is None:
                 raise UserError(
-                    f"Shard {unit} of {folder} is not finished, and prompt {self.prompt.name!r} needs it. Make {name} first."
+                    f"Shard {unit} of {folder} is not finished, and prompt {self.prompt.name!r} needs it. "
+                    f"Make {name} first."
                 )
             digests[name] = sidecar.digest
         return digests
