@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +17,8 @@ SYNTHETIC: Final = "synthetic"
 def score_run(run: Path, shards: Path, *, quiet: bool) -> dict[str, float]:
     """Scores the captions that ``eval`` wrote, and the MLLM's for the same images, against the scenes' truth.
 
-    Writes ``eval/facts.json``, prints both side by side, and returns the figures under ``captioner_*`` names. Empty
-    when the shards do not come from the demo world.
+    Writes ``eval/facts.json``, prints both side by side, and returns precision and recall of each. Empty
+    when the shards do not come from the demo world. A missing caption counts as one that found nothing.
     """
     from clips_data.demo import facts, scenes
     from clips_data.ledger import write_json
@@ -41,13 +41,18 @@ def score_run(run: Path, shards: Path, *, quiet: bool) -> dict[str, float]:
     totals = {name: facts.total(each) for name, each in scores.items()}
     num_captions = len(scores["clips"])
     write_json(run / "eval" / FACTS, {"num_captions": num_captions, **totals})
-    rows = [{"facts": name, **_figures(total)} for name, total in totals.items()]
+    rows = [{"captioner": name, **_figures(total)} for name, total in totals.items()]
     present.say(f"eval: facts in {num_captions} of {len(ours)} captions", quiet=quiet)
-    present.say(present.table(rows, ("facts", *_figures(totals["clips"]))), quiet=quiet)
-    return {f"{name}_fact_{key}": total[key] for name, total in totals.items() for key in ("precision", "recall")}
+    present.say(present.table(rows, ("captioner", *_figures(totals["clips"]))), quiet=quiet)
+    return {
+        f"{name}_fact_{key}": figure
+        for name, total in totals.items()
+        for key in ("precision", "recall")
+        if isinstance(figure := total[key], float)
+    }
 
 
-def _figures(total: dict[str, Any]) -> dict[str, str]:
+def _figures(total: Mapping[str, Any]) -> dict[str, str]:
     return {key: present.figure(value) for key, value in total.items() if isinstance(value, int | float)}
 
 

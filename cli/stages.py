@@ -91,8 +91,10 @@ def _dry(stage: Stage, out: Path) -> Report:
 def _report(stage: Stage, units: list[Path], facts: Mapping[str, Any], started: float) -> Report:
     from clips_data.executor import Report
 
-    plain = {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
-    return Report(stage.name, units=units, made=1, facts=plain, seconds=time.monotonic() - started)
+    skipped = bool(facts.get("skipped", False))
+    plain = {name: value for name, value in facts.items() if isinstance(value, int | float | str) and name != "skipped"}
+    seconds = time.monotonic() - started
+    return Report(stage.name, units=units, made=int(not skipped), skipped=int(skipped), facts=plain, seconds=seconds)
 
 
 def _existing(config: Any, *keys: str) -> dict[str, Path]:
@@ -108,16 +110,22 @@ def _recaption_reads(config: Any, run: str) -> list[str]:
     return ["pairs", *(f"captions/{column}" for column in prompts.load(config.prompt).columns if column != "web")]
 
 
-def _recaption_watches(config: Any) -> dict[str, Path]:
-    """The prompt file and, when it is a folder, the model. A change of either is a change of the captions."""
+def _model(config: Any, packaged: str) -> dict[str, Path]:
+    """The model's folder, when it is one: the packaged weights, or a path with or without ``local-dir:``."""
     import clips_data
 
+    if config.model == "demo":
+        return {"model": Path(clips_data.__file__).parent / "demo" / "weights" / packaged}
+    path = Path(config.model.removeprefix("local-dir:"))
+    return {"model": path} if path.exists() else {}
+
+
+def _recaption_watches(config: Any) -> dict[str, Path]:
+    """The model and the prompt file. A change of either is a change of the captions."""
     from .manifest import packaged_file
 
-    demo = Path(clips_data.__file__).parent / "demo" / "weights" / "captioner"
-    model = {"model": demo} if config.model == "demo" else _existing(config, "model")
     prompt = _existing(config, "prompt") or {"prompt": packaged_file(f"prompts/{config.prompt}.yaml")}
-    return {**model, **prompt}
+    return {**_model(config, "captioner"), **prompt}
 
 
 def _columns(config: Any) -> list[str]:
@@ -154,6 +162,7 @@ STAGES: Final[dict[str, Stage]] = {
             "clips_data.score:run",
             folder=lambda config, run: f"scores/{config.name}",
             reads=lambda config, run: ["pairs", *_columns(config)],
+            watches=lambda config: _model(config, "clip"),
             about="Similarities are cosines between the image's and the caption's features of one CLIP model.",
             example="clips score --columns web,synthetic --model ViT-B-32 --pretrained laion2b_s34b_b79k",
         ),

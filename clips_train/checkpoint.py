@@ -8,7 +8,6 @@ as ``*.part``, flushed, renamed; then the file ``latest`` is replaced by one tha
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,7 +44,9 @@ class Progress:
     """State of the sample stream: data digest, seed, epoch, position, and what it has counted so far."""
 
 
-def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, config: Mapping[str, Any]) -> Path:
+def save(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, config: Mapping[str, Any]
+) -> Path:
     """Writes the checkpoint of this step under ``run`` and returns its folder. ``config`` is the resolved config."""
     folder = run / CHECKPOINTS / f"step-{progress.step:08d}"
     part = ledger.part(folder)
@@ -71,8 +72,8 @@ def publish(part: Path, folder: Path) -> None:
     old = ledger.part(folder.with_name(folder.name + ".old"))
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
+        folder.replace(old)
+    part.replace(folder)
     ledger.fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -92,7 +93,9 @@ def latest(run: Path) -> Path | None:
         return None
     folder = run / CHECKPOINTS / pointer.read_text().strip()
     if not (folder / ABOUT).is_file():
-        raise UserError(f"{pointer} names {folder.name}, which is not there. Restore it, or start again with --overwrite.")
+        raise UserError(
+            f"{pointer} names {folder.name}, which is not there. Restore it, or start again with --overwrite."
+        )
     return folder
 
 

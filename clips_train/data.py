@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from clips_data import draws
 from clips_data.errors import ResumeRefused, UserError
 from clips_train import transforms, views
-from clips_train.config import ModelConfig, TrainConfig
+from clips_train.config import TrainConfig
 from clips_train.shards import SampleOrder, ShardError, ShardReader, Split
 from clips_train.tokenizer import Tokenizer
 
@@ -71,9 +71,8 @@ _Task = tuple[int, int, int]
 class _Loader(Dataset[Any]):
     """Turns a task into loaded samples. Lives in the training process or, as a copy, in each worker process."""
 
-    def __init__(self, split: Split, config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, split: Split, config: TrainConfig, tokenizer: Tokenizer) -> None:
         self._config = config
-        self._model = model
         self._tokenizer = tokenizer
         self._reader = ShardReader(split)
         self._order = SampleOrder(split.num_samples_by_shard, seed=config.seed, window_shards=config.window_shards)
@@ -93,7 +92,7 @@ class _Loader(Dataset[Any]):
             return _Bad(position, key, error.reason)
 
     def _load_good(self, epoch: int, position: int, shard: int, row: int, key: str) -> _Good:
-        config, model = self._config, self._model
+        config = self._config
         picture = self._picture(shard, row)
         about = self._reader.about(*(self._caption_of[shard, row] if self._caption_of else (shard, row)))
         texts = views.text_views(
@@ -101,23 +100,21 @@ class _Loader(Dataset[Any]):
             web_column=config.web_column,
             synthetic_column=config.synthetic_column,
             reduce=config.reduce,
-            web_budget=self._tokenizer.budget(model.context_length),
-            short_budget=self._tokenizer.budget(min(config.tokens, model.context_length)),
+            web_budget=self._tokenizer.budget(config.context_length),
+            short_budget=self._tokenizer.budget(min(config.tokens, config.context_length)),
             count=config.num_sentences,
             tokenizer=self._tokenizer,
             draw=views.Draw(config.seed, epoch, key),
         )
-        image_CHW = transforms.augment(
-            picture, model.image_px, config.augment, seed=config.seed, epoch=epoch, key=key
-        )
-        ids_2L = self._tokenizer.from_pieces([texts.web, texts.short], model.context_length)
-        labels_1Q, mask_1Q = self._tokenizer.targets([texts.target], model.target_length)
+        image_CHW = transforms.augment(picture, config.image_px, config.augment, seed=config.seed, epoch=epoch, key=key)
+        ids_2L = self._tokenizer.from_pieces([texts.web, texts.short], config.context_length)
+        labels_1Q, mask_1Q = self._tokenizer.targets([texts.target], config.target_length)
         return _Good(position, key, (image_CHW, ids_2L[0], ids_2L[1], labels_1Q[0], mask_1Q[0]), texts.fallbacks)
 
     def _picture(self, shard: int, row: int) -> Image.Image:
         picture = self._pictures.get((shard, row))
         if picture is None:
-            picture = transforms.decode(self._reader.image(shard, row), self._model.image_px)
+            picture = transforms.decode(self._reader.image(shard, row), self._config.image_px)
             self._pictures.put((shard, row), picture)
         return picture
 
@@ -156,7 +153,7 @@ def _shuffled(split: Split, seed: int) -> dict[tuple[int, int], tuple[int, int]]
 
 
 class SampleStream:
-    """Iterates over batches without end, epoch after epoch.
+    """Yields batches without end, epoch after epoch.
 
     A batch never spans two epochs, so that no image meets itself as a negative: the last, incomplete one is left out,
     and the shuffle makes that other samples each time. ``state`` comes from ``Batch.state``.
@@ -169,12 +166,11 @@ class SampleStream:
         self,
         split: Split,
         config: TrainConfig,
-        model: ModelConfig,
         tokenizer: Tokenizer,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        fresh = {"digest": split.digest, "seed": config.seed, "epoch": 0, "position": 0, "counts": {}}
-        self._start = dict(state) if state is not None else fresh
+        fresh: dict[str, Any] = {"digest": split.digest, "seed": config.seed, "epoch": 0, "position": 0, "counts": {}}
+        self._start: dict[str, Any] = dict(state) if state is not None else fresh
         for name in ("digest", "seed"):
             if self._start[name] != fresh[name]:
                 raise ResumeRefused(
@@ -183,11 +179,12 @@ class SampleStream:
                 )
         self._split = split
         self._config = config
-        self._loader = _Loader(split, config, model, tokenizer)
+        self._loader = _Loader(split, config, tokenizer)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch]:
         counts: Counter[str] = Counter(self._start["counts"])
-        epoch, waiting, filled = self._start["epoch"], [], self._start["position"] > 0
+        epoch, filled = self._start["epoch"], self._start["position"] > 0
+        waiting: list[_Good] = []
         for task_epoch, items in self._loaded():
             if task_epoch != epoch:
                 if not filled:
@@ -271,5 +268,7 @@ def _count(counts: Counter[str], item: _Good | _Bad) -> None:
 
 
 def _collate(samples: Sequence[_Good], state: dict[str, Any]) -> Batch:
-    tensors = [torch.stack(column) for column in zip(*(sample.tensors for sample in samples), strict=True)]
-    return Batch(*tensors, keys=[sample.key for sample in samples], state=state)
+    image, web, short, labels, mask = (
+        torch.stack(column) for column in zip(*(sample.tensors for sample in samples), strict=True)
+    )
+    return Batch(image, web, short, labels, mask, [sample.key for sample in samples], state)

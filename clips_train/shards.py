@@ -128,12 +128,10 @@ class ShardReader:
         path = tar.with_name(tar.name.removesuffix(".tar") + ".index.parquet")
         if not path.exists():
             raise UserError(f"{path} is missing, without it {tar.name} cannot be read. Run `clips shard` again.")
-        table = pq.read_table(path).to_pydict()
+        table: dict[str, list[Any]] = pq.read_table(path).to_pydict()
         promised, found = self.split.num_samples_by_shard[shard], len(table["key"])
         if found != promised:
-            raise UserError(
-                f"{path} lists {found} samples, {INDEX_FILE} promises {promised}. Run `clips shard` again."
-            )
+            raise UserError(f"{path} lists {found} samples, {INDEX_FILE} promises {promised}. Run `clips shard` again.")
         return table
 
     def key(self, shard: int, row: int) -> str:

@@ -9,6 +9,7 @@ Shape suffixes: B batch, C 3 channels (RGB), H and W pixels.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import functional as tvf
 
@@ -32,7 +33,7 @@ RESIZE_MODE = "squash"
 
 MAX_IMAGE_PIXELS = 100_000_000
 SHRINK_FACTOR = 2
-"""Decoded images keep a shorter side of this many times the model's; the smallest crop is then still reduced, not enlarged."""
+"""Decoded images keep a shorter side of this many times the model's: the smallest crop is then still not enlarged."""
 
 CROP_AREA = (0.4, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
@@ -44,7 +45,7 @@ JITTER_HUE = 0.08
 
 
 class BadImage(Exception):
-    """These bytes are no picture we can use; ``reason`` is one of ``not_an_image | too_many_pixels | decode_failed``."""
+    """No picture we can use; ``reason`` is one of ``not_an_image | too_many_pixels | decode_failed``."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -58,16 +59,16 @@ def decode(data: bytes, image_px: int) -> Image.Image:
     """
     shorter_px = SHRINK_FACTOR * image_px
     try:
-        image = Image.open(io.BytesIO(data))
-    except (Image.UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        file = Image.open(io.BytesIO(data))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise BadImage("not_an_image") from error
-    width, height = image.size
+    width, height = file.size
     if width * height > MAX_IMAGE_PIXELS:
         raise BadImage("too_many_pixels")
     scale = shorter_px / min(width, height)
     try:
-        image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
-        image = image.convert("RGB")
+        file.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
+        image = file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImage("decode_failed") from error
     if scale < 1:
@@ -82,7 +83,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def squash(image: Image.Image, image_px: int) -> Tensor:
-    """Evaluation preprocessing: both sides resized to ``image_px`` without cropping; uint8 of shape [3, image_px, image_px]."""
+    """Evaluation preprocessing: both sides resized to ``image_px``, nothing cropped; uint8 [3, image_px, image_px]."""
     return to_pixels(image.resize((image_px, image_px), Image.Resampling.BILINEAR))
 
 
@@ -144,12 +145,16 @@ def colour_jitter(pixels_CHW: Tensor, draw: Callable[[str], float]) -> Tensor:
         ("saturation", JITTER_SATURATION, tvf.adjust_saturation),
     ):
         factor = _between(1 - strength, 1 + strength, draw(name))
-        changes.append((draw(f"order.{name}"), lambda pixels, change=change, factor=factor: change(pixels, factor)))
+        changes.append((draw(f"order.{name}"), functools.partial(_swapped, change, factor)))
     hue = _between(-JITTER_HUE, JITTER_HUE, draw("hue"))
-    changes.append((draw("order.hue"), lambda pixels: tvf.adjust_hue(pixels, hue)))
+    changes.append((draw("order.hue"), functools.partial(_swapped, tvf.adjust_hue, hue)))
     for _, apply in sorted(changes, key=lambda change: change[0]):
         pixels_CHW = apply(pixels_CHW)
     return pixels_CHW
+
+
+def _swapped(change: Callable[[Tensor, float], Tensor], factor: float, pixels_CHW: Tensor) -> Tensor:
+    return change(pixels_CHW, factor)
 
 
 def _between(low: float, high: float, share: float) -> float:

@@ -91,9 +91,7 @@ def text_views(
     if not synthetic_usable:
         ids = truncate(tokenizer.pieces(web), web_budget)
         return TextViews(ids, truncate(ids, short_budget), web, ("synthetic_empty",))
-    short = reduce_text(
-        synthetic, spans, reduce, budget=short_budget, count=count, tokenizer=tokenizer, draw=draw
-    )
+    short = reduce_text(synthetic, spans, reduce, budget=short_budget, count=count, tokenizer=tokenizer, draw=draw)
     if not web.strip():
         return TextViews(truncate(tokenizer.pieces(synthetic), web_budget), short, synthetic, ("web_empty",))
     return TextViews(truncate(tokenizer.pieces(web), web_budget), short, synthetic, ())

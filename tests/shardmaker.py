@@ -1,4 +1,4 @@
-"""Writes a small valid ``shards/`` folder for the tests of the trainer: coloured shapes with captions that name them."""
+"""Writes a small valid ``shards/`` folder for the tests of the trainer: coloured shapes and captions that name them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ def sample(number: int, *, size_px: int = 40, image_format: str = "JPEG") -> tup
     for sentence in sentences:
         spans.append([start, start + len(sentence) - 1])
         start += len(sentence) + 1
-    captions = [f"a {colour} {shape} {place}", f"{colour} {shape}", f"{shape} on the {place}", colour, f"{place} {shape}"]
+    captions = [
+        f"a {colour} {shape} {place}",
+        f"{colour} {shape}",
+        f"{shape} on the {place}",
+        colour,
+        f"{place} {shape}",
+    ]
     about = {
         "web": f"{colour} {shape} photo {number}",
         "synthetic": " ".join(sentences),
@@ -93,7 +99,11 @@ def _write_tar(folder: Path, name: str, rows: list[tuple[str, bytes, dict[str, A
             sha256 = hashlib.sha256(image).hexdigest()
             text = json.dumps({"key": key, "sha256": sha256, **about}, sort_keys=True, ensure_ascii=False).encode()
             row: dict[str, Any] = {"key": key, "sha256": sha256, "image_ext": "jpg"}
-            for kind, ext, data in (("image", "jpg", image), ("txt", "txt", about["web"].encode()), ("json", "json", text)):
+            for kind, ext, data in (
+                ("image", "jpg", image),
+                ("txt", "txt", about["web"].encode()),
+                ("json", "json", text),
+            ):
                 info = tarfile.TarInfo(f"{key}.{ext}")
                 info.size = len(data)
                 row[f"{kind}_offset"] = tar.offset + tarfile.BLOCKSIZE
