@@ -47,11 +47,13 @@ def folder_counts(root: Path) -> list[dict[str, Any]]:
         sidecar = json.loads(path.read_text())
         row = rows.setdefault(folder, {"folder": folder, "units": 0, "rows": 0, "bytes": 0, "counts": Counter()})
         row["units"] += 1
-        row["rows"] += sum(sidecar["counts"].values())
+        row["rows"] += 0 if folder.startswith("runs/") else sum(sidecar["counts"].values())
         row["bytes"] += sum(file["bytes"] for file in sidecar["files"].values())
         row["counts"].update(sidecar["counts"])
     return list(rows.values())
 
 
 def _outcomes(row: dict[str, Any]) -> str:
+    if row["folder"].startswith("runs/"):  # steps and samples are no outcomes of rows
+        return ", ".join(f"{number} {name}" for name, number in row["counts"].most_common())
     return ", ".join(f"{number} of {row['rows']} {name}" for name, number in row["counts"].most_common())

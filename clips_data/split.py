@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, get_args
 
 from clips_data.errors import UserError, did_you_mean
@@ -70,9 +71,10 @@ def split_at_sentences(text: str) -> list[Span]:
     return [(start, end) for start, end in spans if not _only_punctuation(text[start:end])]
 
 
-def _stripped(text: str, spans: object) -> list[Span]:
+def _stripped(text: str, spans: Iterable[Span]) -> list[Span]:
+    """The spans without the whitespace at their ends; those of nothing else are dropped."""
     pieces = []
-    for start, end in spans:  # type: ignore[attr-defined]
+    for start, end in spans:
         piece = text[start:end]
         left = start + len(piece) - len(piece.lstrip())
         right = end - len(piece) + len(piece.rstrip())

@@ -146,7 +146,7 @@ class EvalConfig(StageConfig):
     max_samples: int = Field(0, ge=0, description="Largest number of samples, in the order of the shards; 0 takes all.")
     web_column: str = Field(
         "web",
-        description="Caption column that conditions the captioner; searched for where a sample has no captions of its own.",
+        description="Caption column that conditions the captioner; searched for where a sample has no extra captions.",
     )
     synthetic_column: str = Field("synthetic", description="Caption column written beside the generated captions.")
     captions: bool = Field(True, description="Also write the captioner's own captions.")

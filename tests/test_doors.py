@@ -98,9 +98,16 @@ def test_clips_data_reaches_torch_and_training_only_where_it_may_and_inside_func
 
 @pytest.mark.parametrize(
     ("words", "allowed"),
-    [(["--help"], set()), (["doctor", "--help"], set()), (["download", "--help"], {"pydantic"})],
+    [
+        (["--help"], set()),
+        (["doctor", "--help"], set()),
+        (["caption", "--help"], set()),
+        (["download", "--help"], {"pydantic"}),
+        (["train", "--help"], {"pydantic"}),
+        (["plan", "quickstart"], {"pydantic", "yaml"}),
+    ],
 )
-def test_help_loads_no_heavy_library(words: list[str], allowed: set[str], tmp_path: Path) -> None:
+def test_help_and_plan_load_no_heavy_library(words: list[str], allowed: set[str], tmp_path: Path) -> None:
     code = (
         "import contextlib, io, json, sys\n"
         "import cli.main\n"
