@@ -8,6 +8,7 @@ told in its docstring.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -58,16 +59,18 @@ def split_as_authors(text: str) -> list[Span]:
 
 
 def split_at_sentences(text: str) -> list[Span]:
-    """Sentences by spaCy's tokenizer and sentencizer, with abbreviations, quotes and paragraphs mended. They keep their full stops.
+    """Sentences by spaCy's tokenizer and sentencizer, mended for abbreviations, quotes and paragraphs.
 
-    Whole are: decimals, "No. 5", "U.S.", "e.g.", "Dr.", initials, addresses, and a quotation with what follows in
+    They keep their full stops. Whole are: decimals, "No. 5", "U.S.", "e.g.", "Dr.", initials, addresses, and a quotation with what follows in
     lower case. Cut are also: CJK full stops, blank lines. A piece of punctuation alone is dropped.
     Wrong on: an abbreviation that ends a sentence, unless a word that usually opens one follows ("in the U.S. It is");
     an ordinary "no." before a number; lists without full stops; English abbreviations only.
     """
-    doc = _sentence_pipeline()(re.sub("[\ud800-\udfff]", "\ufffd", text))  # spaCy cannot encode lone surrogates
-    starts = sorted({0, *(doc[i].idx for i in _sentence_starts(doc)), len(text)})
-    spans = _stripped(text, zip(starts, starts[1:], strict=False))
+    nlp = _sentence_pipeline()
+    with nlp.memory_zone():  # without it every new word of every caption is kept for as long as the process lives
+        doc = nlp(re.sub("[\ud800-\udfff]", "\ufffd", text))  # spaCy cannot encode lone surrogates
+        starts = sorted({0, *(doc[i].idx for i in _sentence_starts(doc)), len(text)})
+    spans = _stripped(text, itertools.pairwise(starts))
     return [(start, end) for start, end in spans if not _only_punctuation(text[start:end])]
 
 
@@ -91,15 +94,21 @@ def _only_punctuation(piece: str) -> bool:
 
 # Tokens (lower case) that never end a sentence: what they abbreviate is always followed by something.
 _NEVER_FINAL = frozenset(
-    "adm. capt. cf. col. dr. e.g. fig. gen. gov. hon. i.e. lt. messrs. mr. mrs. ms. mt. pres. prof. rep. rev. sen. sgt. st. vs. v.s.".split()
-)
+    ("adm.", "capt.", "cf.", "col.", "dr.", "e.g.", "fig.", "gen.", "gov.", "hon.", "i.e.", "lt.", "messrs.", "mr.",
+     "mrs.", "ms.", "mt.", "pres.", "prof.", "rep.", "rev.", "sen.", "sgt.", "st.", "vs.", "v.s.")
+)  # fmt: skip
 # Words that spaCy parts from their full stop. The first end no sentence, the second none before a number.
-_ABBREVIATED = frozenset("approx ca capt cf col dept est fig figs hon lt mt pres sgt viz".split())
-_ABBREVIATED_BEFORE_NUMBER = frozenset("art ch eq max min no nos nr p pp pt sec vol".split())
-_OPENERS = frozenset(
-    "a an another at behind below beside both he here his her in it its my near next on one our she some that the their there "
-    "these they this those to two we".split()
+_ABBREVIATED = frozenset(
+    ("approx", "ca", "capt", "cf", "col", "dept", "est", "fig", "figs", "hon", "lt", "mt", "pres", "sgt", "viz")
 )
+_ABBREVIATED_BEFORE_NUMBER = frozenset(
+    ("art", "ch", "eq", "max", "min", "no", "nos", "nr", "p", "pp", "pt", "sec", "vol")
+)
+_OPENERS = frozenset(
+    ("a", "an", "another", "at", "behind", "below", "beside", "both", "he", "here", "his", "her", "in", "it", "its",
+     "my", "near", "next", "on", "one", "our", "she", "some", "that", "the", "their", "there", "these", "they", "this",
+     "those", "to", "two", "we")
+)  # fmt: skip
 _OPENING_MARKS = frozenset("([{“‘«‹「『（【《¿¡")
 _STRAIGHT_QUOTES = frozenset("\"'")
 _CLOSING_QUOTES = frozenset("\"'”’»›」』")
