@@ -27,8 +27,8 @@ DEFAULT_RUN: Final = "default"
 class Stage:
     """One stage. ``config`` and ``entry`` are ``"module:name"`` and are imported only when the stage is used.
 
-    ``folder(config, run)`` is what it writes and ``reads(config, run)`` what it reads, relative to the work folder;
-    ``run`` is the name of the training run. ``call(stage, config, job, run)`` does the work.
+    ``folder(config, run)`` is the folder (or file) it writes and ``reads(config, run)`` those it reads, relative to the
+    work folder; ``run`` is the name of the training run. ``call(stage, config, job, run)`` does the work.
     """
 
     name: str
@@ -73,12 +73,13 @@ def _call_on_run(stage: Stage, config: Any, job: Job, run: str) -> Report:
     out = stage.output(config, job, run)
     if job.dry_run:
         return _dry(stage, out)
-    facts = load(stage.entry)(config, run=folder, shards=shards, overwrite=job.overwrite)
+    talk = {"quiet": job.quiet} if stage.name == "eval" else {}
+    facts = load(stage.entry)(config, run=folder, shards=shards, overwrite=job.overwrite, **talk)
     report = _report(stage, [out], facts, started)
     if stage.name == "eval":
         from .facts import score_run
 
-        report.facts.update(score_run(folder, shards, quiet=job.quiet))
+        report.facts.update(score_run(folder, quiet=job.quiet))
     return report
 
 
@@ -219,7 +220,7 @@ STAGES: Final[dict[str, Stage]] = {
             "report",
             "clips_data.config:ReportConfig",
             "clips_data.report:run",
-            folder=lambda config, run: "report",
+            folder=lambda config, run: f"runs/{run}/report.html",
             reads=lambda config, run: ["pairs", "captions", "scores", "shards", f"runs/{run}", f"runs/{run}/eval"],
             about="The page is static, loads nothing from elsewhere, and escapes every caption.",
             example="clips report --name first --gallery 24 --work quickstart",

@@ -26,7 +26,7 @@ FOLDER: Final = ".stages"
 HASHED_SUFFIXES: Final = (".json", ".jsonl")
 """Files of our folders that are told apart by content: sidecars, which hold the hashes of the others, and metrics."""
 HASHED_BELOW_BYTES: Final = 16 << 20
-NOT_OF_A_RUN: Final = ("eval", "export", "manifest.yaml")
+NOT_OF_A_RUN: Final = ("eval", "export", "report.html", "manifest.yaml")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,12 @@ def digest_watched(path: Path) -> str:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int]]:
-    """(name relative to ``folder``, bytes) of its finished files, sorted; what other stages put there is left out."""
+    """(name relative to ``folder``, bytes) of its finished files, sorted; what other stages put there is left out.
+
+    A stage that writes one file has that for a folder.
+    """
+    if folder.is_file():
+        yield folder.name, folder.stat().st_size
     for place, folders, names in os.walk(folder):
         here = Path(place)
         skip = NOT_OF_A_RUN if here == folder and here.parent.name == "runs" else ()

@@ -1,9 +1,8 @@
-"""``clips stats``: what the sidecars under a work folder count, per folder."""
+"""``clips stats``: what a work folder holds, stage by stage."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +18,35 @@ def build(name: str, summary: str) -> click.Command:
         callback=stats,
         parameters=lambda: common_options(("work", "json", "debug")),
         example="clips stats --work quickstart",
-        help=f"{summary}\n\nReads the sidecars only, so it is quick on any size.",
+        help=f"{summary}\n\nReads tables and sidecars of finished shards, no images.",
     )
 
 
 def stats(work: Path | None, as_json: bool, debug: bool) -> None:
     from clips_data.errors import UserError
+    from clips_data.stats import gather
 
     root = work or Path()
-    rows = folder_counts(root)
-    if not rows:
+    found = gather(root)
+    if not found:
         raise UserError(f"{root} holds no finished work. Point --work at the folder of a run.")
     if as_json:
-        present.print_json(rows)
+        present.print_json(found)
     else:
-        shown = [{**row, "bytes": present.bytes_text(row["bytes"]), "outcomes": _outcomes(row)} for row in rows]
-        print(present.table(shown, ("folder", "units", "rows", "bytes", "outcomes")))
+        print("\n".join(indented(found)))
 
 
-def folder_counts(root: Path) -> list[dict[str, Any]]:
-    """One row for every folder with sidecars: finished units, rows by outcome, and bytes of the files they name."""
-    rows: dict[str, dict[str, Any]] = {}
-    for path in sorted(root.rglob("*.done.json")):
-        folder = path.parent.relative_to(root).as_posix()
-        if folder.startswith("."):
-            continue  # the stamps of `clips run`
-        sidecar = json.loads(path.read_text())
-        row = rows.setdefault(folder, {"folder": folder, "units": 0, "rows": 0, "bytes": 0, "counts": Counter()})
-        row["units"] += 1
-        row["rows"] += 0 if folder.startswith("runs/") else sum(sidecar["counts"].values())
-        row["bytes"] += sum(file["bytes"] for file in sidecar["files"].values())
-        row["counts"].update(sidecar["counts"])
-    return list(rows.values())
-
-
-def _outcomes(row: dict[str, Any]) -> str:
-    if row["folder"].startswith("runs/"):  # steps and samples are no outcomes of rows
-        return ", ".join(f"{number} {name}" for name, number in row["counts"].most_common())
-    return ", ".join(f"{number} of {row['rows']} {name}" for name, number in row["counts"].most_common())
+def indented(values: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
+    """Nested counts as indented lines; successes and failures carry the number of attempts as their denominator."""
+    attempted = values.get("attempted")
+    width = max((len(name) for name, value in values.items() if not isinstance(value, Mapping)), default=0)
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            if value:
+                yield "  " * depth + name
+                nested = {f"{code} (of {attempted})": number for code, number in value.items()}
+                yield from indented(nested if name == "failures" else value, depth + 1)
+        else:
+            of = f" of {attempted}" if name == "succeeded" else ""
+            text = "-" if value is None else present.figure(value)
+            yield "  " * depth + f"{name:<{width}}  {text}{of}"

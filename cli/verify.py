@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -13,58 +12,40 @@ from .options import LazyCommand, common_options
 
 
 def build(name: str, summary: str) -> click.Command:
-    about = "Exit code 1 and the names of the files when something is missing, cut or changed."
+    about = (
+        "Prints the files that are missing, cut, changed or named by no sidecar. Exit code 1 when a promised file is "
+        "not what was committed."
+    )
     return LazyCommand(
         name,
         callback=verify,
-        parameters=lambda: common_options(("work", "json", "debug", "quiet")),
+        parameters=lambda: [
+            click.Option(
+                ["--gc"], is_flag=True, help="Remove the files of killed runs. Not while a stage is at work there."
+            ),
+            *common_options(("work", "json", "debug", "quiet")),
+        ],
         example="clips verify --work quickstart",
         help=f"{summary}\n\n{about}",
     )
 
 
-def verify(work: Path | None, as_json: bool, debug: bool, quiet: bool) -> None:
+def verify(work: Path | None, gc: bool, as_json: bool, debug: bool, quiet: bool) -> None:
+    from clips_data import verify as room
     from clips_data.errors import UserError
 
-    root = work or Path()
-    num_files, num_bytes, problems = 0, 0, []
-    for file, about in promised_files(root):
-        num_files += 1
-        problem = problem_with(file, about)
-        if problem:
-            problems.append(f"{file}: {problem}")
-        else:
-            num_bytes += int(about["bytes"])
-    if not num_files:
-        raise UserError(f"{root} holds no finished work. Point --work at the folder of a run.")
-    num_intact = num_files - len(problems)
+    found = room.verify(work or Path(), gc=gc)
     if as_json:
-        present.print_json({"files": num_files, "intact": num_intact, "bytes": num_bytes, "problems": problems})
+        present.print_json({**asdict(found), "num_intact": found.num_intact})
     else:
-        for problem in problems:
-            print(problem)
-    present.say(f"verify: {num_intact} of {num_files} files intact, {present.bytes_text(num_bytes)}", quiet=quiet)
-    if problems:
+        for file, problem in found.corrupt.items():
+            print(f"{file}: {problem}")
+        for file in found.orphans:
+            print(f"{file}: {'removed' if file in found.removed else 'is named by no sidecar'}")
+    size = present.bytes_text(found.num_bytes)
+    present.say(f"verify: {found.num_intact} of {found.num_files} files intact, {size}", quiet=quiet)
+    if found.corrupt:
         raise UserError(
-            f"{len(problems)} of {num_files} files are not what was committed. Restore them, or delete their "
-            ".done.json and run the stage again."
+            f"{len(found.corrupt)} of {found.num_files} files are not what was committed. Restore them, or delete "
+            "their .done.json and run the stage again."
         )
-
-
-def promised_files(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(file, {"bytes", "sha256"}) of every file that a sidecar under ``root`` names."""
-    import json
-
-    for sidecar in sorted(root.rglob("*.done.json")):
-        for name, about in sorted(json.loads(sidecar.read_text())["files"].items()):
-            yield sidecar.parent / name, about
-
-
-def problem_with(file: Path, about: dict[str, Any]) -> str | None:
-    from clips_data.ledger import digest_file
-
-    if not file.is_file():
-        return "missing"
-    if file.stat().st_size != about["bytes"]:
-        return f"has {file.stat().st_size} bytes instead of {about['bytes']}"
-    return None if digest_file(file) == about["sha256"] else "its content has changed"

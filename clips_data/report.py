@@ -69,7 +69,7 @@ def render(config: ReportConfig, work: Path, counts: dict[str, Any]) -> str:
     facts = scores.pop(FACTS_FILE, None)
     ours = {row["key"]: row["caption"] for row in _json_lines(folder / "eval" / CAPTIONS_FILE)}
     sections = [
-        f"<h1>{h.text(config.name)}</h1>",
+        f"<h1>Run {h.text(config.name)}</h1>",
         '<p class="soft">What was downloaded, captioned and sharded, how the run trained, and samples to look at.</p>',
         _tiles(counts, metrics, scores),
         _stages(counts),
@@ -159,7 +159,7 @@ def _stages(counts: dict[str, Any]) -> str:
             )
     if not rows:
         return ""
-    head = ["stage", "attempted", "succeeded", "failed", "succeeded of attempted"]
+    head = ["stage", "attempted", "succeeded", "failed", "share"]
     shown = "<h2>Stages</h2>" + h.table(head, rows)
     if failures:
         shown += "<h2>Failures</h2>" + h.table(["stage", "<reason", "rows", "of attempted"], failures)

@@ -23,7 +23,7 @@ body { margin: 0; background: var(--page); color: var(--ink);
 main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 4px; }
 h2 { font-size: 1.2rem; margin: 44px 0 10px; }
-h3 { font-size: .95rem; margin: 0 0 6px; }
+h3 { font-size: .95rem; margin: 0 0 6px; } h3 .soft { font-weight: 400; }
 p { margin: 0 0 10px; max-width: 72ch; } .soft, caption, .num small { color: var(--soft); }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0 0; }
 .tile { flex: 1 1 150px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;

@@ -61,10 +61,10 @@ def split_as_authors(text: str) -> list[Span]:
 def split_at_sentences(text: str) -> list[Span]:
     """Sentences by spaCy's tokenizer and sentencizer, mended for abbreviations, quotes and paragraphs.
 
-    They keep their full stops. Whole are: decimals, "No. 5", "U.S.", "e.g.", "Dr.", initials, addresses, and a quotation with what follows in
-    lower case. Cut are also: CJK full stops, blank lines. A piece of punctuation alone is dropped.
+    They keep their full stops. Whole are: decimals, "No. 5", "U.S.", "e.g.", "Dr.", initials, addresses, and a
+    quotation with what follows in lower case. Cut are also: CJK full stops, blank lines. Punctuation alone is dropped.
     Wrong on: an abbreviation that ends a sentence, unless a word that usually opens one follows ("in the U.S. It is");
-    an ordinary "no." before a number; lists without full stops; English abbreviations only.
+    an ordinary "no." before a number; lists without full stops; English abbreviations only. One thread at a time.
     """
     nlp = _sentence_pipeline()
     with nlp.memory_zone():  # without it every new word of every caption is kept for as long as the process lives
@@ -141,7 +141,8 @@ def _sentence_starts(doc: Doc) -> list[int]:
         before = _word_before(doc, token.i)
         if before is None:
             continue
-        if token.is_sent_start:
+        after_space = doc[token.i - 1]  # the sentencizer gives the start to a run of whitespace before the sentence
+        if token.is_sent_start or (after_space.is_space and after_space.is_sent_start):
             opens = not _continues(doc, before, token)
         elif before.text.lower() in _NEVER_FINAL:
             opens = False

@@ -149,13 +149,11 @@ def test_quiet_says_nothing_on_stderr(fakes: Path, capsys: pytest.CaptureFixture
 
 
 def test_real_process_keeps_the_streams_apart(tmp_path: Path) -> None:
-    (tmp_path / "pairs").mkdir()
-    (tmp_path / "pairs" / "00000.done.json").write_text(
-        json.dumps({"schema_version": 1, "files": {}, "counts": {"ok": 3, "dns": 1}})
-    )
-    done = clips("stats", cwd=tmp_path)
+    manifest = "name: a\nstages:\n  download: {source: demo}\n"
+    (tmp_path / "a.yaml").write_text(manifest)
+    done = clips("status", "a.yaml", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "3 of 4 ok, 1 of 4 dns" in done.stdout
+    assert done.stdout.splitlines()[1].split() == ["download", "missing", "0", "B", "pairs"]
     empty = clips("stats", "--work", "nowhere", cwd=tmp_path)
     assert (empty.returncode, empty.stdout) == (1, "")
     assert empty.stderr == "clips: nowhere holds no finished work. Point --work at the folder of a run.\n"
@@ -290,21 +288,36 @@ def test_verify_names_a_file_whose_content_changed(fakes: Path, capsys: pytest.C
     tar.write_bytes(tar.read_bytes()[:-1] + b"?")
     assert main(["verify"]) == 1
     out, err = capsys.readouterr()
-    assert out == "pairs/00001.tar: its content has changed\n"
+    assert out == "pairs/00001.tar: has another content than when it was finished\n"
     assert "1 of 2 files intact" in err
 
 
-def test_stats_counts_per_folder_with_denominators_except_for_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for folder, counts in {"pairs": {"ok": 3, "dns": 1}, "runs/first": {"samples": 64, "steps": 4}}.items():
-        (tmp_path / folder).mkdir(parents=True)
-        about = {"files": {"a": {"bytes": 10, "sha256": ""}}, "counts": counts}
-        (tmp_path / folder / "0.done.json").write_text(json.dumps(about))
-    assert main(["stats", "--work", str(tmp_path)]) == 0
-    _, pairs, run = capsys.readouterr().out.splitlines()
-    assert pairs.split("  ")[-1].strip() == "3 of 4 ok, 1 of 4 dns"
-    assert run.split("  ")[-1] == "64 samples, 4 steps"
+def test_stats_give_outcomes_their_denominator() -> None:
+    from cli.stats import indented
+
+    found = {"download": {"attempted": 4, "succeeded": 3, "failures": {"dns": 1}, "words": {"mean": 2.51, "num": 3}}}
+    assert list(indented(found)) == [
+        "download",
+        "  attempted  4",
+        "  succeeded  3 of 4",
+        "  failures",
+        "    dns (of 4)  1",
+        "  words",
+        "    mean  2.51",
+        "    num   3",
+    ]
+
+
+def test_verify_removes_what_a_killed_run_left_only_when_asked(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["download", "demo", "--num-pairs", "4"])
+    left = fakes / "pairs" / "00001.tar.part"
+    left.touch()
+    capsys.readouterr()
+    assert main(["verify"]) == 0
+    assert capsys.readouterr().out == "pairs/00001.tar.part: is named by no sidecar\n"
+    assert left.exists()
+    assert main(["verify", "--gc"]) == 0
+    assert not left.exists() and (fakes / "pairs" / "00000.tar").exists()
 
 
 def test_doctor_finds_the_packages_without_importing_them(tmp_path: Path) -> None:
@@ -372,6 +385,7 @@ def test_train_gets_its_folders_and_its_summary_is_reported(
 def test_eval_and_export_work_on_the_run_that_name_names(trainer: list[dict[str, object]]) -> None:
     assert main(["eval", "--name", "first", "--overwrite"]) == 0
     assert main(["export", "--name", "first"]) == 0
+    assert [call.get("quiet") for call in trainer] == [False, None]
     runs = [(call["run"], call["shards"], call["overwrite"]) for call in trainer]
     assert runs == [(Path("runs/first"), Path("shards"), True), (Path("runs/first"), Path("shards"), False)]
 
@@ -397,11 +411,10 @@ def test_caption_prints_one_line_per_image(
 ) -> None:
     from cli import caption
 
-    def describe(images: Sequence[Path], *, run: Path, web: str) -> list[str]:
+    def describe(images: Sequence[Path], *, run: Path, web: str, device: str) -> list[str]:
         return [f"{run.name} sees\n{image.stem} and {web}" for image in images]
 
-    monkeypatch.setattr(fake_stages, "describe", describe, raising=False)
-    monkeypatch.setattr(caption, "ENTRY", "fake_stages:describe")
+    monkeypatch.setattr(caption, "caption_files", describe)
     monkeypatch.chdir(tmp_path)
     Path("one.jpg").touch()
     assert main(["caption", "one.jpg", "--name", "first", "--web", "alt"]) == 0

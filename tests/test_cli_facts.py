@@ -1,10 +1,8 @@
-"""The demo world's facts after ``clips eval``: our captioner beside the MLLM, from shards and captions on disk."""
+"""The demo world's facts after ``clips eval``: our captioner beside the MLLM, from what eval wrote."""
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,33 +13,28 @@ from clips_data.demo import scenes
 WORLD = 3
 
 
-def walked(folder: Path, ours: dict[int, str], *, demo: bool = True) -> tuple[Path, Path]:
-    """A run's folder with captions and a shards folder whose synthetic captions are the truth."""
-    shards, run = folder / "shards", folder / "runs" / "first"
-    shards.mkdir()
+def evaluated(folder: Path, ours: dict[int, str], *, demo: bool = True) -> Path:
+    """A run's folder as ``eval`` leaves it; the MLLM's captions are the truth."""
+    run = folder / "runs" / "first"
     (run / "eval").mkdir(parents=True)
-    with tarfile.open(shards / "heldout-00000.tar", "w") as tar:
-        for index in ours:
-            about = {
-                "key": f"{index:09d}",
-                "synthetic": scenes.describe(scenes.make_scene(WORLD, index)),
-                "extra": {"scene": f"{WORLD}/{index}"} if demo else {},
-            }
-            for name, data in (("txt", b"web"), ("json", json.dumps(about).encode())):
-                member = tarfile.TarInfo(f"{index:09d}.{name}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    splits = {"train": {"shards": []}, "heldout": {"shards": [{"file": "heldout-00000.tar"}]}}
-    (shards / "index.json").write_text(json.dumps({"splits": splits}))
-    rows = [json.dumps({"key": f"{index:09d}", "caption": text}) for index, text in ours.items()]
-    (run / "eval" / "captions.jsonl").write_text("\n".join(rows) + "\n")
-    return run, shards
+    rows = [
+        {
+            "key": f"{index:09d}",
+            "web": "web",
+            "synthetic": scenes.describe(scenes.make_scene(WORLD, index)),
+            "caption": text,
+            "extra": {"scene": f"{WORLD}/{index}"} if demo else {},
+        }
+        for index, text in ours.items()
+    ]
+    (run / "eval" / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
 
 
 def test_both_captioners_are_scored_on_the_same_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours = {index: scenes.describe(scenes.make_scene(WORLD, index + index % 2)) for index in range(6)}
-    run, shards = walked(tmp_path, ours)
-    figures = score_run(run, shards, quiet=False)
+    run = evaluated(tmp_path, ours)
+    figures = score_run(run, quiet=False)
     assert figures["mllm_fact_precision"] == figures["mllm_fact_recall"] == 1.0
     assert 0 < figures["clips_fact_precision"] < 1.0
     saved = json.loads((run / "eval" / "facts.json").read_text())
@@ -54,19 +47,19 @@ def test_both_captioners_are_scored_on_the_same_scenes(tmp_path: Path, capsys: p
 
 
 def test_missing_captions_find_nothing(tmp_path: Path) -> None:
-    run, shards = walked(tmp_path, {1: "", 2: ""})
-    figures = score_run(run, shards, quiet=True)
+    run = evaluated(tmp_path, {1: "", 2: ""})
+    figures = score_run(run, quiet=True)
     assert figures["clips_fact_recall"] == 0
     assert "clips_fact_precision" not in figures
 
 
 def test_other_shards_have_no_facts(tmp_path: Path) -> None:
-    run, shards = walked(tmp_path, {1: "a dog"}, demo=False)
-    assert score_run(run, shards, quiet=True) == {}
+    run = evaluated(tmp_path, {1: "a dog"}, demo=False)
+    assert score_run(run, quiet=True) == {}
     assert not (run / "eval" / "facts.json").exists()
 
 
 def test_run_without_captions_has_no_facts(tmp_path: Path) -> None:
-    run, shards = walked(tmp_path, {1: "a dog"})
+    run = evaluated(tmp_path, {1: "a dog"})
     (run / "eval" / "captions.jsonl").unlink()
-    assert score_run(run, shards, quiet=True) == {}
+    assert score_run(run, quiet=True) == {}

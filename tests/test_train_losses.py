@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from clips_train.losses import caption_loss, clips_contrastive_loss, contrastive_loss
 
@@ -113,9 +114,10 @@ def test_micro_batches_divided_by_the_slots_of_the_whole_batch_sum_to_its_loss()
 
 def test_without_gradients_only_the_loss_is_computed() -> None:
     states, head, labels, mask = _states()
-    with torch.no_grad():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         loss = caption_loss(states, head.requires_grad_(), labels, mask)
     assert not loss.requires_grad
+    assert counter.get_total_flops() == 2 * int(mask.sum()) * head.numel()  # one product with the head
     torch.testing.assert_close(loss, caption_loss(states, head, labels, mask).detach())
 
 
@@ -125,7 +127,7 @@ def test_under_bf16_the_losses_stay_fp32_and_close() -> None:
     states.requires_grad_(), head.requires_grad_()
     image, web, short, scale = (tensor.detach() for tensor in _features(goldens.tensors("losses_n8")))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = caption_loss(states.bfloat16(), head, labels, mask, chunk=6)
+        rounded = caption_loss(states, head, labels, mask, chunk=6)
         contrast = clips_contrastive_loss(image, web, short, scale)
     rounded.backward()
     assert rounded.dtype == contrast.dtype == torch.float32
