@@ -77,6 +77,12 @@ class TrainConfig(ModelConfig):
     caption_weight: float = Field(
         2.0, ge=0, description="Weight of the captioning loss in the total; 0 needs decoder=false."
     )
+    caption_negatives: int = Field(
+        0,
+        ge=0,
+        description="Tokens drawn per step to stand for all that its captions do not use, in the captioning loss; "
+        "0 takes the whole vocabulary, as the paper does.",
+    )
     clamp_logit_scale: bool = Field(
         False, description="Keep the logit scale at 100 or below, as open_clip does; the paper's code does not."
     )

@@ -10,11 +10,13 @@ P patches.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from clips_data import draws
 from clips_train import transforms
 from clips_train.config import TrainConfig
 from clips_train.data import Batch
@@ -56,16 +58,55 @@ class Encoded:
         return self.image_NE, self.web_NE, self.short_NE
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What the captioning loss of a whole batch is taken over, the same for all its micro-batches.
+
+    With ``caption_negatives`` the softmax runs over ``candidates_K``: first the ``num_used`` tokens that the batch's
+    captions use, sorted, then tokens drawn from all others. Each drawn one stands for many, so the logarithm of that
+    number is added to its logit: the sum of exponentials then estimates that over the whole vocabulary.
+    """
+
+    num_counted: int
+    candidates_K: Tensor | None = None
+    correction_K: Tensor = field(default_factory=lambda: torch.empty(0))
+    num_used: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch, model: ClipsModel, config: TrainConfig) -> Targets:
+        num_counted = int(batch.mask_NQ.sum())
+        if model.decoder is None or config.caption_negatives == 0:
+            return cls(num_counted)
+        num_tokens = len(model.decoder.head.weight)
+        used_U = torch.unique(batch.labels_NQ[batch.mask_NQ])
+        unused = torch.ones(num_tokens, dtype=torch.bool)
+        unused[used_U] = False
+        others = unused.nonzero().squeeze(1)
+        seed = draws.integer(
+            1 << 62, config.seed, "caption_negatives", batch.state["epoch"], str(batch.state["position"])
+        )
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+        drawn = others[order[: config.caption_negatives]]
+        correction_K = torch.zeros(len(used_U) + len(drawn))
+        correction_K[len(used_U) :] = math.log(len(others) / max(1, len(drawn)))
+        return cls(num_counted, torch.cat([used_U, drawn]), correction_K, len(used_U))
+
+    def to(self, device: torch.device) -> Targets:
+        if self.candidates_K is None:
+            return self
+        return replace(self, candidates_K=self.candidates_K.to(device), correction_K=self.correction_K.to(device))
+
+
 def backward(model: ClipsModel, batch: Batch, config: TrainConfig, device: torch.device) -> Losses:
     """Adds the batch's gradients to the parameters. With ``accumulation`` > 1 memory is that of one micro-batch."""
     parts = split(batch, config.accumulation, device)
-    num_counted = int(batch.mask_NQ.sum())
+    targets = Targets.of(batch, model, config).to(device)
     if len(parts) == 1:
-        contrastive, caption = _losses(model, parts[0], config, num_counted)
+        contrastive, caption = _losses(model, parts[0], config, targets)
         total = config.contrastive_weight * contrastive + config.caption_weight * caption
         torch.autograd.backward(total)
         return Losses(total.item(), contrastive.item(), caption.item())
-    return _backward_in_parts(model, parts, config, num_counted)
+    return _backward_in_parts(model, parts, config, targets)
 
 
 def split(batch: Batch, num_parts: int, device: torch.device) -> list[Part]:
@@ -98,22 +139,28 @@ def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractCo
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _losses(model: ClipsModel, part: Part, config: TrainConfig, num_counted: int) -> tuple[Tensor, Tensor]:
+def _losses(model: ClipsModel, part: Part, config: TrainConfig, targets: Targets) -> tuple[Tensor, Tensor]:
     with autocast(config, part.image_NCHW.device):
         encoded = encode(model, part)
         contrastive = clips_contrastive_loss(*encoded.features, model.logit_scale.exp())
-        return contrastive, _caption_loss(model, encoded, part, num_counted)
+        return contrastive, _caption_loss(model, encoded, part, targets)
 
 
-def _caption_loss(model: ClipsModel, encoded: Encoded, part: Part, num_counted: int) -> Tensor:
+def _caption_loss(model: ClipsModel, encoded: Encoded, part: Part, targets: Targets) -> Tensor:
     """The part's share of the batch's mean over counted slots; 0 without a captioner."""
     if model.decoder is None:
         return encoded.image_NE.new_zeros(())
     states_NQD = model.caption_states(encoded.patch_tokens_NPW, encoded.web_states_NTW)
-    return caption_loss(states_NQD, model.decoder.head.weight, part.labels_NQ, part.mask_NQ, num_counted=num_counted)
+    weight_VD, labels_NQ = model.decoder.head.weight, part.labels_NQ
+    if targets.candidates_K is not None:
+        # A candidate's correction is added to its logits as one more column, which meets a one in every state.
+        states_NQD = torch.cat([states_NQD, torch.ones_like(states_NQD[..., :1])], dim=-1)
+        weight_VD = torch.cat([weight_VD[targets.candidates_K], targets.correction_K.unsqueeze(1)], dim=1)
+        labels_NQ = torch.searchsorted(targets.candidates_K[: targets.num_used], labels_NQ.contiguous())
+    return caption_loss(states_NQD, weight_VD, labels_NQ, part.mask_NQ, num_counted=targets.num_counted)
 
 
-def _backward_in_parts(model: ClipsModel, parts: list[Part], config: TrainConfig, num_counted: int) -> Losses:
+def _backward_in_parts(model: ClipsModel, parts: list[Part], config: TrainConfig, targets: Targets) -> Losses:
     """The whole batch's gradient, with the activations of one micro-batch at a time.
 
     First all features are computed without activations, and the contrastive loss of the whole batch is differentiated
@@ -133,7 +180,7 @@ def _backward_in_parts(model: ClipsModel, parts: list[Part], config: TrainConfig
         derivatives = [whole.grad[at] for whole in (image_NE, web_NE, short_NE) if whole.grad is not None]
         with autocast(config, device):
             again = encode(model, part)
-            share = _caption_loss(model, again, part, num_counted)
+            share = _caption_loss(model, again, part, targets)
         carried = [(mine * grad).sum() for mine, grad in zip(again.features, derivatives, strict=True)]
         torch.autograd.backward(torch.stack(carried).sum() + config.caption_weight * share)
         caption += share.item()

@@ -189,16 +189,18 @@ def test_a_text_is_read_in_both_directions_and_pooled_at_its_last_slot(small: Cl
 
 
 @pytest.mark.parametrize(
-    ("size", "image_m", "text_m", "decoder_m"),
+    ("size", "image_m", "text_m", "decoder_m", "image_heads", "text_heads"),
     [
-        ("S/16", 21.8, 33.8, 33.9),
-        ("B/16", 86.2, 54.5, 54.9),
-        ("L/16", 304.0, 110.3, 111.1),
-        ("L/14", 304.0, 110.3, 111.1),
-        ("H/14", 632.1, 336.2, 337.6),
+        ("S/16", 21.8, 33.8, 33.9, 6, 6),
+        ("B/16", 86.2, 54.5, 54.9, 12, 8),
+        ("L/16", 304.0, 110.3, 111.1, 16, 12),
+        ("L/14", 304.0, 110.3, 111.1, 16, 12),
+        ("H/14", 632.1, 336.2, 337.6, 16, 16),
     ],
 )
-def test_sizes_have_the_papers_number_of_parameters(size: str, image_m: float, text_m: float, decoder_m: float) -> None:
+def test_sizes_have_the_papers_numbers_of_parameters_and_heads(
+    size: str, image_m: float, text_m: float, decoder_m: float, image_heads: int, text_heads: int
+) -> None:
     config = ModelConfig(size=size, tokenizer="bert", bert_vocab="vocab.txt")
     row = SIZES[size]
     with torch.device("meta"):
@@ -218,7 +220,8 @@ def test_sizes_have_the_papers_number_of_parameters(size: str, image_m: float, t
     assert count["visual"] / 1e6 == pytest.approx(image_m, rel=0.005)
     assert count["text"] / 1e6 == pytest.approx(text_m, rel=0.005)
     assert sum(p.numel() for p in decoder.parameters()) / 1e6 == pytest.approx(decoder_m, rel=0.005)
-    assert towers.visual.transformer.resblocks[0].attn.num_heads == row.image.heads
+    for tower, heads in ((towers.visual, image_heads), (towers, text_heads), (decoder, text_heads)):
+        assert tower.transformer.resblocks[0].attn.num_heads == heads
 
 
 def test_image_gelu_is_exact_and_the_others_are_tanh(small: ClipsModel) -> None:

@@ -94,13 +94,11 @@ def test_bpe_puts_padding_in_the_pooled_slot() -> None:
 
 
 def test_bpe_mask_counts_an_exclamation_mark_though_its_id_is_that_of_padding() -> None:
-    bang = bpe().pieces("a !")
-    labels, mask = bpe().targets(["!", "a dog"], 6)
-    assert bang[1] != 0  # at the end of a word; the bare character is id 0
-    assert mask.int().tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]]
-    bare = bpe().from_pieces([[0, 0]], 6)
-    assert bare.tolist() == [[49406, 0, 0, 49407, 0, 0]]
-    assert labels[0, 1] == labels[1, 2] == bpe().eos_id
+    assert bpe().pieces("!~") == [0, 349]
+    labels, mask = bpe().targets(["!~", "a dog and"], 6)
+    assert labels[0].tolist() == [0, 349, 49407, 0, 0, 0]
+    assert mask.int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
+    assert bpe().text_ids(["!~"], 6).tolist() == [[49406, 0, 349, 49407, 0, 0]]
 
 
 def test_over_long_targets_end_with_the_end_token_and_never_train_the_last_query() -> None:
