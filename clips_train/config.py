@@ -83,6 +83,9 @@ class TrainConfig(ModelConfig):
         description="Tokens drawn per step to stand for all that its captions do not use, in the captioning loss; "
         "0 takes the whole vocabulary, as the paper does.",
     )
+    caption_every: int = Field(
+        1, gt=0, description="One in this many samples of a step trains the captioner; 1, as in the paper, takes all."
+    )
     clamp_logit_scale: bool = Field(
         False, description="Keep the logit scale at 100 or below, as open_clip does; the paper's code does not."
     )

@@ -4,7 +4,7 @@ Each image is encoded once. Web captions and short synthetic captions go through
 [web; short]; the halves are parted before anything else, and stay parted under accumulation.
 
 Shape suffixes: N samples, C channels, H and W pixels, E embedding, L text slots, Q target slots, T text states,
-P patches.
+P patches, K captioned samples, C candidate tokens, V vocabulary, D decoder width.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class Part:
 
     image_NCHW: Tensor
     text_2NL: Tensor
-    labels_NQ: Tensor
-    mask_NQ: Tensor
+    captioned_K: Tensor
+    """int64, rows of the part whose captions train the captioner; labels and mask are of these rows."""
+    labels_KQ: Tensor
+    mask_KQ: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,24 @@ class Encoded:
 class Targets:
     """What the captioning loss of a whole batch is taken over, the same for all its micro-batches.
 
-    With ``caption_negatives`` the softmax runs over ``candidates_K``: first the ``num_used`` tokens that the batch's
+    With ``caption_negatives`` the softmax runs over ``candidates_C``: first the ``num_used`` tokens that the batch's
     captions use, sorted, then tokens drawn from all others. Each drawn one stands for many, so the logarithm of that
     number is added to its logit: the sum of exponentials then estimates that over the whole vocabulary.
     """
 
     num_counted: int
-    candidates_K: Tensor | None = None
-    correction_K: Tensor = field(default_factory=lambda: torch.empty(0))
+    candidates_C: Tensor | None = None
+    correction_C: Tensor = field(default_factory=lambda: torch.empty(0))
     num_used: int = 0
 
     @classmethod
     def of(cls, batch: Batch, model: ClipsModel, config: TrainConfig) -> Targets:
-        num_counted = int(batch.mask_NQ.sum())
+        every = slice(None, None, config.caption_every)
+        num_counted = int(batch.mask_NQ[every].sum())
         if model.decoder is None or config.caption_negatives == 0:
             return cls(num_counted)
         num_tokens = len(model.decoder.head.weight)
-        used_U = torch.unique(batch.labels_NQ[batch.mask_NQ])
+        used_U = torch.unique(batch.labels_NQ[every][batch.mask_NQ[every]])
         unused = torch.ones(num_tokens, dtype=torch.bool)
         unused[used_U] = False
         others = unused.nonzero().squeeze(1)
@@ -87,19 +90,19 @@ class Targets:
         )
         order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
         drawn = others[order[: config.caption_negatives]]
-        correction_K = torch.zeros(len(used_U) + len(drawn))
-        correction_K[len(used_U) :] = math.log(len(others) / max(1, len(drawn)))
-        return cls(num_counted, torch.cat([used_U, drawn]), correction_K, len(used_U))
+        correction_C = torch.zeros(len(used_U) + len(drawn))
+        correction_C[len(used_U) :] = math.log(len(others) / max(1, len(drawn)))
+        return cls(num_counted, torch.cat([used_U, drawn]), correction_C, len(used_U))
 
     def to(self, device: torch.device) -> Targets:
-        if self.candidates_K is None:
+        if self.candidates_C is None:
             return self
-        return replace(self, candidates_K=self.candidates_K.to(device), correction_K=self.correction_K.to(device))
+        return replace(self, candidates_C=self.candidates_C.to(device), correction_C=self.correction_C.to(device))
 
 
 def backward(model: ClipsModel, batch: Batch, config: TrainConfig, device: torch.device) -> Losses:
     """Adds the batch's gradients to the parameters. With ``accumulation`` > 1 memory is that of one micro-batch."""
-    parts = split(batch, config.accumulation, device)
+    parts = split(batch, config, device)
     targets = Targets.of(batch, model, config).to(device)
     if len(parts) == 1:
         contrastive, caption = _losses(model, parts[0], config, targets)
@@ -109,18 +112,21 @@ def backward(model: ClipsModel, batch: Batch, config: TrainConfig, device: torch
     return _backward_in_parts(model, parts, config, targets)
 
 
-def split(batch: Batch, num_parts: int, device: torch.device) -> list[Part]:
+def split(batch: Batch, config: TrainConfig, device: torch.device) -> list[Part]:
     """Micro-batches of equal size, each with the web and short texts of its own images."""
-    rows = len(batch.keys) // num_parts
+    rows = len(batch.keys) // config.accumulation
+    captioned_N = torch.arange(len(batch.keys)) % config.caption_every == 0
     parts = []
     for start in range(0, len(batch.keys), rows):
         at = slice(start, start + rows)
+        captioned_K = captioned_N[at].nonzero().squeeze(1)
         parts.append(
             Part(
                 image_NCHW=transforms.normalise(batch.image_NCHW[at].to(device, non_blocking=True)),
                 text_2NL=torch.cat([batch.web_NL[at], batch.short_NL[at]]).to(device, non_blocking=True),
-                labels_NQ=batch.labels_NQ[at].to(device, non_blocking=True),
-                mask_NQ=batch.mask_NQ[at].to(device, non_blocking=True),
+                captioned_K=captioned_K.to(device, non_blocking=True),
+                labels_KQ=batch.labels_NQ[at][captioned_K].to(device, non_blocking=True),
+                mask_KQ=batch.mask_NQ[at][captioned_K].to(device, non_blocking=True),
             )
         )
     return parts
@@ -148,16 +154,17 @@ def _losses(model: ClipsModel, part: Part, config: TrainConfig, targets: Targets
 
 def _caption_loss(model: ClipsModel, encoded: Encoded, part: Part, targets: Targets) -> Tensor:
     """The part's share of the batch's mean over counted slots; 0 without a captioner."""
-    if model.decoder is None:
+    if model.decoder is None or len(part.captioned_K) == 0:
         return encoded.image_NE.new_zeros(())
-    states_NQD = model.caption_states(encoded.patch_tokens_NPW, encoded.web_states_NTW)
-    weight_VD, labels_NQ = model.decoder.head.weight, part.labels_NQ
-    if targets.candidates_K is not None:
+    rows_K = part.captioned_K
+    states_KQD = model.caption_states(encoded.patch_tokens_NPW[rows_K], encoded.web_states_NTW[rows_K])
+    weight_VD, labels_KQ = model.decoder.head.weight, part.labels_KQ
+    if targets.candidates_C is not None:
         # A candidate's correction is added to its logits as one more column, which meets a one in every state.
-        states_NQD = torch.cat([states_NQD, torch.ones_like(states_NQD[..., :1])], dim=-1)
-        weight_VD = torch.cat([weight_VD[targets.candidates_K], targets.correction_K.unsqueeze(1)], dim=1)
-        labels_NQ = torch.searchsorted(targets.candidates_K[: targets.num_used], labels_NQ.contiguous())
-    return caption_loss(states_NQD, weight_VD, labels_NQ, part.mask_NQ, num_counted=targets.num_counted)
+        states_KQD = torch.cat([states_KQD, torch.ones_like(states_KQD[..., :1])], dim=-1)
+        weight_VD = torch.cat([weight_VD[targets.candidates_C], targets.correction_C.unsqueeze(1)], dim=1)
+        labels_KQ = torch.searchsorted(targets.candidates_C[: targets.num_used], labels_KQ.contiguous())
+    return caption_loss(states_KQD, weight_VD, labels_KQ, part.mask_KQ, num_counted=targets.num_counted)
 
 
 def _backward_in_parts(model: ClipsModel, parts: list[Part], config: TrainConfig, targets: Targets) -> Losses:

@@ -76,12 +76,12 @@ def final_weights(run: Path) -> bytes:
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
-@pytest.mark.parametrize("negatives", [0, 50])
+@pytest.mark.parametrize(("negatives", "every"), [(0, 1), (50, 1), (50, 3)])
 def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(
-    shards: Path, accumulation: int, negatives: int
+    shards: Path, accumulation: int, negatives: int, every: int
 ) -> None:
-    whole = config(precision="fp32", caption_negatives=negatives)
-    parts = config(precision="fp32", caption_negatives=negatives, accumulation=accumulation)
+    whole = config(precision="fp32", caption_negatives=negatives, caption_every=every)
+    parts = config(precision="fp32", caption_negatives=negatives, caption_every=every, accumulation=accumulation)
     batch = first_batch(shards, whole)
     losses, expected = gradients(whole, batch)
     same_losses, found = gradients(parts, batch)
@@ -99,7 +99,7 @@ def test_the_step_is_the_weighted_sum_of_the_two_losses(shards: Path) -> None:
     batch = first_batch(shards, settings)
     losses, _ = gradients(settings, batch)
     model = build_model(settings.model)
-    part = step.split(batch, 1, CPU)[0]
+    part = step.split(batch, settings, CPU)[0]
     image_NE, patch_tokens = model.encode_image(part.image_NCHW)
     web_NE, web_states = model.encode_text(batch.web_NL)
     short_NE, _ = model.encode_text(batch.short_NL)
