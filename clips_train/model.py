@@ -49,11 +49,14 @@ class Sizes:
     embed_dim: int
     text: Tower
     decoder: Tower
+    image_std: float = 0.02
+    """Initial spread of the image tower's attention and first MLP weights: the reference's, for widths from 384 up."""
 
 
 _S, _B, _L, _H = Tower(384, 12, 6), Tower(512, 12, 8), Tower(768, 12, 12), Tower(1024, 24, 16)
 SIZES = {
-    "tiny": Sizes(Tower(128, 4, 4), 16, 128, Tower(128, 2, 4), Tower(128, 2, 4)),
+    # Shallow, so that a minute of two cores is many steps; 0.02 would leave so narrow a tower almost without signal.
+    "tiny": Sizes(Tower(128, 2, 4), 16, 128, Tower(128, 1, 4), Tower(128, 1, 4), image_std=0.08),
     "S/16": Sizes(Tower(384, 12, 6), 16, 384, _S, _S),
     "B/16": Sizes(Tower(768, 12, 12), 16, 512, _B, _B),
     "L/16": Sizes(Tower(1024, 24, 16), 16, 768, _L, _L),
@@ -161,7 +164,7 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> ClipsModel:
                 text_width=sizes.text.width,
             )
     model = ClipsModel(towers, decoder)
-    initialise(model, torch.Generator().manual_seed(seed))
+    initialise(model, torch.Generator().manual_seed(seed), image_std=sizes.image_std)
     if config.pos_embed == "sincos":
         grid = config.image_px // sizes.patch_px
         model.towers.visual.positional_embedding.data.copy_(sincos_positions(grid, sizes.image.width))
@@ -183,7 +186,7 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(model: ClipsModel, generator: torch.Generator) -> None:
+def initialise(model: ClipsModel, generator: torch.Generator, *, image_std: float = 0.02) -> None:
     """Initial values measured on the authors' JAX code (METHOD §1.2); biases 0, norms 1."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
@@ -193,7 +196,7 @@ def initialise(model: ClipsModel, generator: torch.Generator) -> None:
                 nn.init.zeros_(parameter)
     towers = model.towers
     nn.init.constant_(towers.logit_scale, INITIAL_LOGIT_SCALE)
-    _initialise_image_tower(towers.visual, generator)
+    _initialise_image_tower(towers.visual, image_std, generator)
     _initialise_blocks(towers.transformer, generator)
     nn.init.normal_(towers.token_embedding.weight, std=0.02, generator=generator)
     nn.init.normal_(towers.positional_embedding, std=0.01, generator=generator)
@@ -206,7 +209,7 @@ def initialise(model: ClipsModel, generator: torch.Generator) -> None:
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5, generator=generator)
 
 
-def _initialise_image_tower(visual: Any, generator: torch.Generator) -> None:
+def _initialise_image_tower(visual: Any, std: float, generator: torch.Generator) -> None:
     width = visual.class_embedding.shape[0]
     nn.init.normal_(visual.class_embedding, std=1e-6, generator=generator)
     nn.init.normal_(visual.positional_embedding, std=width**-0.5, generator=generator)
@@ -215,7 +218,7 @@ def _initialise_image_tower(visual: Any, generator: torch.Generator) -> None:
     nn.init.normal_(visual.conv1.weight, std=fan_in**-0.5, generator=generator)  # flax's default, nothing was measured
     for block in visual.transformer.resblocks:
         for weight in (block.attn.in_proj_weight, block.attn.out_proj.weight, block.mlp.c_fc.weight):
-            nn.init.normal_(weight, std=0.02, generator=generator)
+            nn.init.normal_(weight, std=std, generator=generator)
         uncut_std = math.sqrt(0.3072 / width) / STD_OF_CUT_NORMAL
         cut = 2 * uncut_std
         nn.init.trunc_normal_(block.mlp.c_proj.weight, std=uncut_std, a=-cut, b=cut, generator=generator)
