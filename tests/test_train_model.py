@@ -256,21 +256,22 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone() -
     assert not torch.equal(first["decoder.head.weight"], other["decoder.head.weight"])
 
 
-def test_initial_values_have_the_measured_spread(small: ClipsModel) -> None:
+def test_initial_values_have_the_measured_spread() -> None:
+    small = build_model(ModelConfig(size="S/16", image_px=32, target_length=8))
     visual, text, decoder = small.towers.visual, small.towers.transformer, small.decoder
     assert decoder is not None
     spread = {
         visual.class_embedding: 1e-6,
         visual.transformer.resblocks[3].attn.in_proj_weight: 0.02,
         visual.transformer.resblocks[3].mlp.c_fc.weight: 0.02,
-        visual.transformer.resblocks[3].mlp.c_proj.weight: (0.3072 / 128) ** 0.5,
-        text.resblocks[1].attn.in_proj_weight: 128**-0.5,
-        text.resblocks[1].attn.out_proj.weight: 128**-0.5 / 24**0.5,
-        text.resblocks[1].mlp.c_proj.weight: 128**-0.5 / 24**0.5,
+        visual.transformer.resblocks[3].mlp.c_proj.weight: (0.3072 / 384) ** 0.5,
+        text.resblocks[1].attn.in_proj_weight: 384**-0.5,
+        text.resblocks[1].attn.out_proj.weight: 384**-0.5 / 24**0.5,
+        text.resblocks[1].mlp.c_proj.weight: 384**-0.5 / 24**0.5,
         small.towers.token_embedding.weight: 0.02,
         small.towers.positional_embedding: 0.01,
         decoder.queries: 1.0,
-        decoder.transformer.resblocks[0].mlp.c_proj.weight: 128**-0.5 / 24**0.5,
+        decoder.transformer.resblocks[0].mlp.c_proj.weight: 384**-0.5 / 24**0.5,
     }
     for parameter, std in spread.items():
         tolerance = 4 / (2 * parameter.numel()) ** 0.5  # four standard errors of a standard deviation

@@ -1,6 +1,6 @@
 """Measures the demo's captioner through vLLM on scenes it has not seen, and writes its model card.
 
-    python -m clips_data.demo.measure clips_data/demo/weights/captioner
+python -m clips_data.demo.measure clips_data/demo/weights/captioner
 """
 
 from __future__ import annotations

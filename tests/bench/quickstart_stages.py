@@ -1,6 +1,6 @@
 """Start-to-end time of the quickstart by stage, then of the same command again, when there is nothing left to do.
 
-    uv run python tests/bench/quickstart_stages.py [--manifest quickstart] [--out quickstart_stages.json]
+uv run python tests/bench/quickstart_stages.py [--manifest quickstart] [--out quickstart_stages.json]
 """
 
 from __future__ import annotations
