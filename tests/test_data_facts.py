@@ -187,3 +187,49 @@ def test_word_soup_is_counted_within_bounds(text: str, index: int) -> None:
     for kind in (*facts.HEADLINE, *facts.OTHER):
         assert 0 <= counts.true[kind] <= counts.made[kind]
         assert 0 <= counts.found[kind] <= min(counts.true[kind], counts.exist[kind])
+
+
+def claimed(text: str) -> list[tuple[set[str], str | None]]:
+    return [({value for _, value in thing.attributes}, thing.relation) for thing in facts.claims(text).objects]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A red blue circle.", [({"red", "blue", "circle"}, None)]),
+        ("A red circle square.", [({"red", "circle", "square"}, None)]),
+        ("A a large large red red circle.", [({"large", "red", "circle"}, None)]),
+        ("Below it, on the left, a large plain red.", [({"left", "large", "plain", "red"}, "below")]),
+        ("At the.", []),
+        ("Right of it.", [(set(), "right of")]),
+        ("At the top top left, a red circle.", [({"top left", "red", "circle"}, None)]),
+        ("At the top at the bottom left, a ring.", [({"top", "bottom left", "ring"}, None)]),
+        (
+            "A red circle at the top left and a blue star on the right.",
+            [({"red", "circle", "top left"}, None), ({"blue", "star", "right"}, None)],
+        ),
+        ("On the left, a ring, on the right, a star.", [({"left", "ring"}, None), ({"right", "star"}, None)]),
+        ("A white rectangle.", [({"white", "rectangle"}, None)]),
+        ("Two red circles on a plain white background.", [({"red", "circle"}, None)]),
+        ("The rest of the picture is left empty.", []),
+    ],
+)  # fmt: skip
+def test_a_broken_caption_is_held_to_every_claim_it_makes(
+    text: str, expected: list[tuple[set[str], str | None]]
+) -> None:
+    assert claimed(text) == expected
+
+
+def test_contradictory_words_cost_precision() -> None:
+    text = scenes.describe(SCENE).replace("striped green ring", "striped dotted green blue ring")
+    assert headline(text, SCENE) == (19, 17, 17, 17)
+
+
+def test_a_phrase_without_its_shape_still_makes_its_claims() -> None:
+    text = scenes.describe(SCENE).replace(RING, "Below it, in the center, a small plain pink.")
+    assert headline(text, SCENE) == (11 + 5, 11 + 2, 17, 11 + 2)
+
+
+def test_a_background_of_an_objects_colour_is_a_false_claim() -> None:
+    counts = facts.score("A red circle on a pink background.", SCENE)
+    assert (counts.made["background"], counts.true["background"], counts.made["colour"]) == (1, 0, 1)

@@ -22,7 +22,7 @@ stages:
   recaption: {column: synthetic, prompt: describe, batch_rows: 8}
   score: {}
   shard: {heldout_ratio: 0.25, heldout_max: 30, shard_rows: 40}
-  train: {size: tiny, image_px: 96, batch: 16, samples: 320, warmup_samples: 32, lr: 0.001, checkpoint_samples: 32, log_steps: 1}
+  train: {size: tiny, image_px: 96, batch: 16, samples: 320, warmup_samples: 32, checkpoint_samples: 32, log_steps: 1}
   eval: {}
   export: {}
   report: {gallery: 6}
@@ -78,13 +78,13 @@ def walked(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def test_the_walk_ends_with_a_table_of_all_stages_on_stdout(walked: tuple[Path, Any]) -> None:
-    _, process = walked
+    process = walked[1]
     for stage in ("download", "recaption", "score", "shard", "train", "eval", "export", "report"):
         assert stage in process.stdout
 
 
 def test_img2dataset_downloaded_in_a_worker_process(walked: tuple[Path, Any]) -> None:
-    work, process = walked
+    work, _ = walked
     for path in sorted((work / "pairs").glob("*_stats.json")):
         stats = json.loads(path.read_text())
         assert stats["downloaded_by"] == "img2dataset.downloader.Downloader.download_shard"

@@ -34,7 +34,8 @@ PROMPT = "USER: <image>\n{instruction} ASSISTANT:"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}USER: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     "{% endif %}{% else %} ASSISTANT: {{ message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
@@ -64,7 +65,7 @@ def _render(index: int) -> tuple[bytes, list[list[int]]]:
 
 
 def render_pool(num_scenes: int, num_processes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8 [N, H, W, 3] and labels int64 [N, 9 places, 4 heads], the same whatever the number of processes."""
+    """Pictures uint8 [N, H, W, 3] and labels int64 [N, 9 places, 4 heads], however many processes."""
     import numpy as np
 
     images = np.empty((num_scenes, IMAGE_PX, IMAGE_PX, 3), np.uint8)
@@ -116,8 +117,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=6, num_attention_heads=4, projection_dim=WIDTH,
-        image_size=IMAGE_PX, patch_size=PATCH_PX, hidden_act="gelu",
+        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=6, num_attention_heads=4,
+        projection_dim=WIDTH, image_size=IMAGE_PX, patch_size=PATCH_PX, hidden_act="gelu",
     )  # fmt: skip
     text = LlamaConfig(
         hidden_size=WIDTH, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
@@ -193,7 +194,8 @@ def train(
     tokenizer = build_tokenizer()
     images, labels = render_pool(num_scenes, num_processes)
     say(
-        f"{num_scenes} scenes rendered in {time.monotonic() - started:.0f} s; vocabulary {len(tokenizer)}; device {device}"
+        f"{num_scenes} scenes rendered in {time.monotonic() - started:.0f} s; "
+        f"vocabulary {len(tokenizer)}; device {device}"
     )
     model = build_model(tokenizer).to(device)
     say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")

@@ -7,6 +7,7 @@ background and the number of objects are counted as kinds of their own, outside 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,23 +21,34 @@ HEADLINE = (*ATTRIBUTES, "relation")
 OTHER = ("background", "number")
 
 _VALUES = {
-    **{word: ("shape", word) for word in scenes.SHAPES},
-    **{word: ("colour", word) for word in scenes.COLOURS},
-    **{word: ("size", word) for word in scenes.SIZES},
-    **{word: ("texture", word) for word in scenes.TEXTURES},
+    # Of things that the world does not have: claims all the same, and never true.
+    **dict.fromkeys(("rectangle", "oval", "hexagon", "pentagon", "arrow", "moon"), "shape"),
+    **dict.fromkeys((*scenes.BACKGROUNDS, "brown", "gold", "silver"), "colour"),
+    **dict.fromkeys(scenes.SHAPES, "shape"),
+    **dict.fromkeys(scenes.COLOURS, "colour"),
+    **dict.fromkeys(scenes.SIZES, "size"),
+    **dict.fromkeys(scenes.TEXTURES, "texture"),
 }
 _NUMBERS = {word: number for number, word in scenes.NUMBER_WORDS.items()}
-_PLACE = re.compile(r"\b(?:at|in|on) the (top left|top right|bottom left|bottom right|top|bottom|left|right|center)\b")
+_PLACE_WORD = "(?:top|bottom|left|right|center)"
+_PLACE = re.compile(rf"\b(?:at|in|on) (?:(?:at|in|on|the) )*({_PLACE_WORD}(?: (?:the )?{_PLACE_WORD})*)\b(?! of)")
+_PLACE_VALUE = re.compile(r"(?:top|bottom) (?:left|right)|top|bottom|left|right|center")
 _RELATION = re.compile(r"\b(right of|below) it\b")
-_BACKGROUND = re.compile(rf"\b({'|'.join(scenes.BACKGROUNDS)}) background\b")
+_BACKGROUND = re.compile(
+    rf"\b(?:plain )?({'|'.join((*scenes.BACKGROUNDS, *scenes.COLOURS))}) background\b"
+    rf"|\bon ({'|'.join(scenes.BACKGROUNDS)})\b"
+)
 _NUMBER = re.compile(rf"\b({'|'.join(_NUMBERS)}) shapes\b")
 
 
 @dataclass
 class ClaimedObject:
-    """One object as a caption describes it. ``relation`` is to the object that the caption named before."""
+    """One object as a caption describes it, perhaps in contradictory words, perhaps without its shape.
 
-    attributes: dict[str, str] = field(default_factory=dict)
+    ``attributes`` holds each (attribute, value) once. ``relation`` is to the object that the caption named before.
+    """
+
+    attributes: list[tuple[str, str]] = field(default_factory=list)
     relation: str | None = None
 
 
@@ -62,28 +74,51 @@ def claims(text: str) -> Claims:
     lowered = text.lower()
     background, number = _BACKGROUND.search(lowered), _NUMBER.search(lowered)
     claimed = Claims(
-        background=background.group(1) if background else None, number=_NUMBERS[number.group(1)] if number else None
+        background=background.group(1) or background.group(2) if background else None,
+        number=_NUMBERS[number.group(1)] if number else None,
     )
     for sentence in _BACKGROUND.sub(" ", lowered).split("."):
         claimed.objects += _objects(sentence)
     return claimed
 
 
-def _objects(sentence: str) -> Iterator[ClaimedObject]:
-    """A noun phrase ends with its shape. Place and relation stand before it, once a sentence."""
-    place, relation = _PLACE.search(sentence), _RELATION.search(sentence)
-    attributes: dict[str, str] = {}
-    first = True
-    for word in re.findall(r"[a-z]+", _PLACE.sub(" ", sentence)):
-        if word not in _VALUES:
-            continue
-        attribute, value = _VALUES[word]
-        attributes[attribute] = value
-        if attribute == "shape":
-            if first and place:
-                attributes["place"] = place.group(1)
-            yield ClaimedObject(attributes, relation.group(1) if first and relation else None)
-            attributes, first = {}, False
+def _objects(sentence: str) -> list[ClaimedObject]:
+    """The objects of a sentence. A noun phrase ends with its shape, or, broken off, where the sentence ends.
+
+    A relation is the first object's. A place is the next object's where the sentence opens with a place, as the demo's
+    sentences do, and otherwise that of the object before.
+    """
+    relation = _RELATION.search(sentence)
+    things = [ClaimedObject(relation=relation.group(1) if relation else None)]
+    ended = places_lead = False
+    for word, attribute in _words(_RELATION.sub(" ", sentence)):
+        if attribute == "place" and not ended and len(things) == 1 and not things[0].attributes:
+            places_lead = True
+        # Two shapes in a row contradict each other about one object; anything else begins the next one.
+        if ended and attribute != "shape" and not (attribute == "place" and not places_lead):
+            things.append(ClaimedObject())
+            ended = False
+        if attribute is not None:
+            late = attribute == "place" and not places_lead and not things[-1].attributes and len(things) > 1
+            claims_of_one = things[-2 if late else -1].attributes
+            if (attribute, word) not in claims_of_one:
+                claims_of_one.append((attribute, word))
+            ended = ended or attribute == "shape"
+    return [thing for thing in things if thing.attributes or thing.relation]
+
+
+def _words(sentence: str) -> Iterator[tuple[str, str | None]]:
+    """Words in the singular, punctuation marks, and each place as one, with the attribute that they are a value of."""
+    end = 0
+    for run in [*_PLACE.finditer(sentence), None]:
+        for word in re.findall(r"[a-z]+|[^a-z\s]", sentence[end : run.start() if run else len(sentence)]):
+            word = word.removesuffix("s") if word.removesuffix("s") in _VALUES else word
+            yield word, _VALUES.get(word)
+        if run:  # a broken caption may stutter within a place ("at the top top left"), which is one place said once
+            words = run.group(1).replace("the ", "").split()
+            for place in _PLACE_VALUE.findall(" ".join(word for word, _ in itertools.groupby(words))):
+                yield place, "place"
+            end = run.end()
 
 
 def score(text: str, scene: Scene) -> Counts:
@@ -93,9 +128,9 @@ def score(text: str, scene: Scene) -> Counts:
     made, true, exist, found = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     for number, thing in enumerate(claimed.objects):
         real = scene.objects[partner[number]] if number in partner else None
-        for attribute, value in thing.attributes.items():
+        for attribute, word in thing.attributes:
             made[attribute] += 1
-            if real is not None and getattr(real, attribute) == value:
+            if real is not None and getattr(real, attribute) == word:
                 true[attribute] += 1
                 found[attribute] += 1
     for attribute in ATTRIBUTES:
@@ -136,7 +171,7 @@ def _align(claimed: list[ClaimedObject], real: tuple[SceneObject, ...]) -> dict[
         extended = dict(best)
         for taken, (agreed, pairs) in best.items():
             for index, candidate in enumerate(real):
-                same = sum(getattr(candidate, name) == value for name, value in thing.attributes.items())
+                same = sum(getattr(candidate, name) == value for name, value in thing.attributes)
                 mask = taken | 1 << index
                 if same and not taken & 1 << index and extended.get(mask, (-1, {}))[0] < agreed + same:
                     extended[mask] = (agreed + same, {**pairs, number: index})

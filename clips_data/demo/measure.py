@@ -31,15 +31,15 @@ parameters in bf16, in the Hugging Face layout that vLLM and transformers load. 
 
 ## How it was made
 
-`python -m clips_data.demo.captioner --out FOLDER` trains it from scratch on 60,000 scenes: first the vision tower alone on
-the truth of each place (700 steps of 64), then all of it on the scenes' descriptions (1,800 steps of 64). On two shared
-CPU cores that took 27 minutes.
+`python -m clips_data.demo.captioner --out FOLDER` trains it from scratch on 60,000 scenes: first the vision tower alone
+on the truth of each place (700 steps of 64), then all of it on the scenes' descriptions (1,800 steps of 64). On two
+busy CPU cores that took 27 minutes.
 
 ## What was measured
 
-`python -m clips_data.demo.measure FOLDER`: {num_captions} scenes of a world that training never saw, as JPEG, captioned by
-{engine}, greedy. A fact is (object, attribute, value) or a relation between neighbours in reading order; precision counts
-every claim made, recall every fact there is.
+`python -m clips_data.demo.measure FOLDER`: {num_captions} scenes of a world never trained on, as JPEG, captioned by
+{engine}, greedy. A fact is (object, attribute, value) or a relation between neighbours in reading order; precision
+counts every claim made, recall every fact there is. The description of another scene scores 0.36 and 0.34.
 
 | kind | precision | of claims | recall | of facts |
 |---|---|---|---|---|
@@ -74,7 +74,7 @@ def measure(folder: Path, num_scenes: int) -> dict[str, Any]:
 
 def card(measured: dict[str, Any], num_parameters: int) -> str:
     kinds = {"all of these six": measured, **measured["kinds"]}
-    order = [*measured["kinds"]][:6] + ["all of these six"] + [*measured["kinds"]][6:]
+    order = [*facts.HEADLINE, "all of these six", *facts.OTHER]
     rows = [
         f"| {name} | {kinds[name]['precision']:.4f} | {kinds[name]['claims']} "
         f"| {kinds[name]['recall']:.4f} | {kinds[name]['facts']} |"

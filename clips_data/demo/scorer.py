@@ -36,7 +36,8 @@ def open_clip_config(vocab_size: int) -> dict[str, Any]:
                 "layers": 6, "head_width": 32, "pool_type": "avg", "final_ln_after_pool": True,
             },
             "text_cfg": {
-                "context_length": CONTEXT_LENGTH, "vocab_size": vocab_size, "width": captioner.WIDTH, "heads": 4, "layers": 4,
+                "context_length": CONTEXT_LENGTH, "vocab_size": vocab_size, "width": captioner.WIDTH,
+                "heads": 4, "layers": 4,
                 "hf_tokenizer_name": "demo", "no_causal_mask": True, "pool_type": "first",
             },
         },
@@ -139,7 +140,7 @@ def text_ids(tokenizer: Any, texts: list[str]) -> Any:
 
 
 def measure(folder: Path, num_scenes: int = 500) -> dict[str, float]:
-    """Retrieval among unseen scenes with the model as stock open_clip loads it: R@1 by short caption and description."""
+    """Retrieval among unseen scenes, the model loaded by stock open_clip: R@1 by short caption and description."""
     import open_clip
     import torch
 

@@ -33,7 +33,7 @@ _PATH = re.compile(r"/scenes/(\d+)/(\d+)\.jpg")
 def demo_rows(num_pairs: int, world: int) -> list[dict[str, str]]:
     """The demo's URL list: url, web caption, and as extra columns the scene's name and five human-like captions.
 
-    One row in twenty meets a fault of the web, two in a hundred repeat an earlier image under another caption.
+    One row in twenty meets a fault of the web, two in a hundred repeat an earlier row's picture and caption.
     """
     rows = []
     for number in range(num_pairs):

@@ -1,6 +1,6 @@
 """What is done to texts on their way into a prompt and out of a model. Each rule is a function with one verdict.
 
-Nothing is rewritten by guess: a caption is kept as it is or rejected with a code, and ``raw`` keeps what the model said.
+Nothing is rewritten by guess: a caption is kept as it is or rejected with a code; ``raw`` keeps what the model said.
 """
 
 from __future__ import annotations

@@ -142,13 +142,15 @@ class EngineProcess:
         assert self._process is not None
         return int(self._process.pid)
 
-    def close(self) -> None:
-        """Ends the child, which has nothing to save."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
+    def close(self, *, patience_s: float = 0.0) -> None:
+        """Ends the child, which has nothing to save; with patience, by letting it leave by itself."""
         if self._connection is not None:
             self._connection.close()
+        if self._process is not None:
+            if patience_s:
+                self._process.join(patience_s)
+            self._process.kill()
+            self._process.join()
 
 
 def _serve(connection: Connection, build: Callable[[], Engine], log: Path) -> None:

@@ -170,8 +170,10 @@ class _Column:
                 tokens_per_s=round(tokens / elapsed),
                 engine_deaths=engine.num_deaths,
             )
-        finally:
+        except BaseException:
             engine.close()
+            raise
+        engine.close(patience_s=10)
 
     def _engine(self) -> EngineProcess:
         from clips_data.recaption.vllm import BuildVllm

@@ -73,7 +73,8 @@ class VllmEngine:
     def answer(self, requests: list[Request]) -> list[Answer]:
         """Rows that cannot be asked are answered at once: one of them would fail vLLM's whole batch."""
         answers: dict[int, Answer] = {}
-        prompts, sampling, asked = [], [], []
+        prompts: list[Any] = []
+        sampling, asked = [], []
         for i, request in enumerate(requests):
             prompt = self._prompt(request)
             if isinstance(prompt, Answer):
