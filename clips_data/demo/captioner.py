@@ -113,7 +113,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+def build_model(tokenizer: Any) -> LlavaForConditionalGeneration:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
@@ -197,7 +197,8 @@ def train(
         f"{num_scenes} scenes rendered in {time.monotonic() - started:.0f} s; "
         f"vocabulary {len(tokenizer)}; device {device}"
     )
-    model = build_model(tokenizer).to(device)
+    model: Any = build_model(tokenizer)
+    model.to(device)
     say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     heads = PlaceHeads()
     heads.linear.to(device)
