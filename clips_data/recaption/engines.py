@@ -93,19 +93,20 @@ class EngineProcess:
         try:
             return self._ask(requests)
         except EngineDied:
-            self.num_deaths += 1
-            self.close()
-            self.start()
+            self._restart()
         if len(requests) == 1:
             try:
                 return self._ask(requests)
             except EngineDied:
-                self.num_deaths += 1
-                self.close()
-                self.start()
+                self._restart()
                 return [Answer("engine_died")]
         half = len(requests) // 2
         return self.answer(requests[:half]) + self.answer(requests[half:])
+
+    def _restart(self) -> None:
+        self.num_deaths += 1
+        self.close()
+        self.start()
 
     def _ask(self, requests: list[Request]) -> list[Answer]:
         assert self._connection is not None
