@@ -134,7 +134,7 @@ def _download(
             parent_pid=os.getpid(),
         )
         progress = stack.enter_context(
-            tqdm(total=num_rows, unit="url", desc="download", disable=job.quiet, file=sys.stderr)
+            tqdm(total=num_rows, unit="url", desc="download", disable=job.quiet or None, file=sys.stderr)
         )
         for counts in executor.map_units(work, shards, num_processes=max(1, job.processes), preload=PRELOAD):
             progress.update(sum(counts.values()))

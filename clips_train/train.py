@@ -52,7 +52,9 @@ def train(
     run = _Run.open(config, shards, out, overwrite=overwrite)
     if run is None:
         return _summary(out, skipped=True)
-    bar = tqdm(total=run.num_steps, initial=run.progress.step, unit="step", disable=quiet, desc="train", mininterval=1)
+    bar = tqdm(
+        total=run.num_steps, initial=run.progress.step, unit="step", disable=quiet or None, desc="train", mininterval=1
+    )
     with run, bar, _stop_signals() as stop:
         for batch in run.batches():
             row = run.take_step(batch)

@@ -179,3 +179,9 @@ def test_a_changed_config_is_refused_with_exit_4_and_the_difference(manifest: Pa
     assert "web_ratio" in err
     assert "Traceback" not in err
     assert data_digests(work) == before
+
+
+def test_where_stderr_is_no_terminal_there_are_plain_lines_and_no_bars(walked: tuple[Path, Any]) -> None:
+    process = walked[1]
+    assert "\r" not in process.stderr
+    assert "train: 1 made" in process.stderr

@@ -154,7 +154,7 @@ class _Column:
                 print(f"recaption: {about} up in {engine.startup_s:.1f} s", file=sys.stderr)
             generating = time.monotonic()
             tokens = rows = 0
-            with tqdm(unit="caption", desc="recaption", disable=job.quiet, file=sys.stderr) as progress:
+            with tqdm(unit="caption", desc="recaption", disable=job.quiet or None, file=sys.stderr) as progress:
                 for unit in units:
                     if left <= 0:
                         break

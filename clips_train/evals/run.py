@@ -101,7 +101,7 @@ def _encode_split(
 ) -> Encoded:
     encoded = Encoded()
     total = min(split.num_samples, config.max_samples or split.num_samples)
-    with tqdm(total=total, unit="image", desc="eval", disable=quiet, mininterval=1) as bar:
+    with tqdm(total=total, unit="image", desc="eval", disable=quiet or None, mininterval=1) as bar:
         batch: list[Sample] = []
         for sample in _samples(split, total, trained.config.image_px, config, counts):
             batch.append(sample)
