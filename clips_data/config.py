@@ -23,17 +23,36 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class DownloadConfig(StageConfig):
     """``clips download``: a URL list becomes ``pairs/``."""
 
-    source: str = Field(description="URL list (parquet, csv, tsv, jsonl, txt), or 'demo' for the built-in demo world.")
-    url_column: str = Field("url", description="Column of the list that holds the URL.")
+    source: str = Field(
+        description="URL list: a file or folder (parquet, csv, tsv, jsonl, txt, also .gz and .zst), an fsspec URL, - for "
+        "stdin, or 'demo' for the built-in demo world."
+    )
+    adapter: str = Field(
+        "auto", description="Published set whose columns the list has, 'auto' to tell it by its columns, or none."
+    )
+    url_column: str = Field(
+        "auto", description="Column of the list that holds the URL; auto takes the adapter's or url."
+    )
     caption_column: str | None = Field(
-        "caption", description="Column that holds the web caption; none for URL-only lists."
+        "auto",
+        description="Column that holds the web caption; auto takes the adapter's or caption; none for URL-only lists.",
+    )
+    verify_hash: str | None = Field(
+        None, description="Column with the md5, sha1 or sha256 (hex) that the downloaded bytes must have."
+    )
+    dedup: Literal["none", "url", "sha256", "phash"] = Field(
+        "none",
+        description="What counts as a duplicate: url skips later rows of the list, sha256 and phash mark later images.",
+    )
+    max_list_bytes: int = Field(
+        1 << 36, gt=0, description="Largest list in bytes after decompression; guards against compression bombs."
     )
     num_pairs: int = Field(2500, gt=0, description="Demo only: number of URLs in the demo's list.")
     world: int = Field(0, ge=0, description="Demo only: number of the demo world, which seeds its scenes.")
     shard_rows: int = Field(1000, gt=0, le=10_000, description="URLs per shard, successful or not.")
     threads: int = Field(16, gt=0, description="Concurrent requests per worker process.")
     timeout_s: float = Field(
-        20.0, gt=0, description="Total seconds for one image, redirects and retries' waits excluded."
+        20.0, gt=0, description="Total seconds for one image, redirects included, waits before retries excluded."
     )
     retries: int = Field(
         2, ge=0, description="Further attempts where one can help: dns, connect, timeout, 429 and 5xx."
@@ -41,19 +60,43 @@ class DownloadConfig(StageConfig):
     max_wait_s: float = Field(
         10.0, gt=0, description="Longest wait in seconds before a retry, also when the server asks for more."
     )
-    max_image_bytes: int = Field(20_000_000, gt=0, description="Largest body in bytes that is read.")
-    max_pixels: int = Field(
-        100_000_000, gt=0, description="Largest image in pixels, by its header, before any decoding."
+    host_connections: int = Field(
+        16, gt=0, description="Connections to one host at a time, over all processes and slices together."
     )
-    allow_network: tuple[str, ...] = Field(
-        (), description="CIDR blocks of non-public addresses that may be dialled all the same."
+    host_rate: float = Field(
+        0.0, ge=0, description="Requests per second to one host, over all processes and slices together; 0 sets no cap."
     )
+    robots: bool = Field(False, description="Fetch each host's robots.txt first and honour it.")
     honour_opt_out: bool = Field(
         True, description="Honour X-Robots-Tag noai, noimageai, noindex, noimageindex and tdm-reservation."
     )
     user_agent: str = Field(
-        "clips", description="Token that the User-Agent header starts with and X-Robots-Tag may address."
+        "clips",
+        pattern=r"^[A-Za-z][A-Za-z0-9_-]*$",
+        description="Token that the User-Agent header starts with; X-Robots-Tag and robots.txt may address it.",
     )
+    dns_servers: tuple[str, ...] = Field(
+        (), description="Addresses of DNS resolvers to ask in turn, with or without :port; none asks the system's."
+    )
+    allow_network: tuple[str, ...] = Field(
+        (), description="CIDR blocks of non-public addresses that may be dialled all the same."
+    )
+    env_proxy: bool = Field(
+        False, description="Use http_proxy and https_proxy of the environment; the proxy then resolves the hosts."
+    )
+    max_image_bytes: int = Field(20_000_000, gt=0, description="Largest body in bytes that is read.")
+    max_pixels: int = Field(
+        100_000_000, gt=0, description="Largest image in pixels, by its header, before any decoding."
+    )
+    resize: Literal["no", "keep_ratio", "center_crop", "border", "keep_ratio_largest"] = Field(
+        "no",
+        description="no keeps the bytes of JPEG, PNG and WebP; keep_ratio makes the shorter side image_px, "
+        "keep_ratio_largest the longer one, center_crop and border a square.",
+    )
+    image_px: int = Field(256, gt=0, description="Side in pixels that resize aims at.")
+    only_if_bigger: bool = Field(False, description="Never enlarge: images smaller than image_px keep their size.")
+    encode: Literal["jpg", "png", "webp"] = Field("jpg", description="Format of images that are encoded again.")
+    encode_quality: int = Field(95, ge=1, le=100, description="Quality of JPEG and WebP that are encoded again.")
     min_success: Share = Field(0.5, description="Least share of URLs that must succeed; below it the exit code is 3.")
 
 

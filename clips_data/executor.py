@@ -25,7 +25,8 @@ class Job:
 
     ``out`` overrides the stage's folder under ``work``; ``only`` restricts the stage to these finished shards of the
     stage before (read from stdin by the commands' ``-``); ``limit`` is the number of rows after which the stage stops
-    without finishing the shard it is in.
+    without finishing the shard it is in. ``executor`` is ``local`` or ``ray``. ``retry`` (failure codes) and ``append``
+    make ``download`` add shards to a finished folder.
     """
 
     work: Path = Path()
@@ -37,6 +38,9 @@ class Job:
     overwrite: bool = False
     dry_run: bool = False
     quiet: bool = False
+    executor: str = "local"
+    retry: tuple[str, ...] = ()
+    append: bool = False
 
 
 @dataclass

@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 WEB: Final = "web"
 """The caption column that comes from the download; all others are folders under ``captions/``."""
 
-# fmt: off
-_PAIR_COLUMNS: Final = frozenset((
-    "url", "caption", "key", "status", "error_message", "code", "width", "height", "original_width", "original_height",
-    "sha256", "raw_sha256", "image_ext", "bytes", "final_url", "attempts",
-))
-# fmt: on
+_PAIR_COLUMNS: Final = frozenset(("url", "caption", *schema.PAIR_COLUMNS))
 _ADDED: Final = ("text.", "code.", "score.", "place.")
 """Prefixes of what ``Inputs.table`` adds to the columns of the pairs table."""
 

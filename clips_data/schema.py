@@ -22,8 +22,23 @@ STATUSES: Final = (STATUS_SUCCESS, "failed_to_download", "failed_to_resize")
 
 DOWNLOAD_CODES: Final = (
     "ok", "dns", "connect", "tls", "timeout", "http_3xx", "http_4xx", "http_5xx", "opt_out", "blocked_address",
-    "bad_url", "too_large", "not_an_image", "too_many_pixels", "decode_failed", "hash_mismatch", "internal",
+    "bad_url", "too_large", "not_an_image", "too_many_pixels", "decode_failed", "hash_mismatch", "duplicate",
+    "forgotten", "internal",
 )  # fmt: skip
+PAIR_COLUMNS: Final[dict[str, str]] = {
+    "key": "string", "status": "string", "code": "string", "error_message": "string",
+    "width": "int32", "height": "int32", "original_width": "int32", "original_height": "int32",
+    "sha256": "string", "raw_sha256": "string", "image_ext": "string", "bytes": "int64", "orientation": "int32",
+    "phash": "string", "host": "string", "final_url": "string", "attempts": "int32", "evidence": "string",
+    "retry_of": "string", "duplicate_of": "string", "source_key": "string",
+}  # fmt: skip
+"""What a row of ``pairs/*.parquet`` has beside the columns of the list, with Arrow's names of the types.
+
+``width`` and ``height`` are of the stored image, ``original_*`` of the downloaded one. ``orientation`` is the EXIF
+value where stored bytes still need it (1 is upright). ``evidence`` is the header or robots.txt line that a refusal
+rests on. ``retry_of`` is the key of the row that a later attempt repeats, ``duplicate_of`` that of the row whose URL
+this one repeats, ``source_key`` the key that an adopted sample has in its own tar. All but the first three may be null.
+"""
 CAPTION_CODES: Final = ("ok", "refused", "empty", "loop", "echo", "unreadable_image", "prompt_too_long", "engine_died")
 REJECTED_CAPTION_CODES: Final = tuple(code for code in CAPTION_CODES if code != "ok")
 """Rows with one of these codes have no usable caption; ``shard`` falls back to the web caption."""

@@ -51,16 +51,18 @@ def locate(config: DownloadConfig, scratch: Path) -> UrlList:
     if suffix == "txt":
         return UrlList(path, suffix, "url", None, ())
     columns = _columns(path, suffix)
-    for option, column in (("--url-column", config.url_column), ("--caption-column", config.caption_column)):
+    url_column = "url" if config.url_column == "auto" else config.url_column
+    caption_column = "caption" if config.caption_column == "auto" else config.caption_column
+    for option, column in (("--url-column", url_column), ("--caption-column", caption_column)):
         if column is not None and column not in columns:
             raise UserError(f"{path} has no column {column!r}. {did_you_mean(column, columns)} Set it with {option}.")
-    extra = tuple(column for column in columns if column not in (config.url_column, config.caption_column))
+    extra = tuple(column for column in columns if column not in (url_column, caption_column))
     reserved = {"key", "status", "code", "error_message", "width", "height", "sha256", "url", "caption"} & set(extra)
     if reserved:
         raise UserError(
             f"{path} has columns that clips writes itself: {', '.join(sorted(reserved))}. Rename them first."
         )
-    return UrlList(path, suffix, config.url_column, config.caption_column, extra)
+    return UrlList(path, suffix, url_column, caption_column, extra)
 
 
 def _columns(path: Path, suffix: str) -> list[str]:
