@@ -19,6 +19,7 @@ import click
 # Name -> (module with a ``build(name, summary)``, one line of help), in pipeline order.
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "download": (".commands", "Download a list of image URLs with web captions into pairs/."),
+    "adopt": (".adopt", "Take a folder of tars as pairs/, or a table's captions as a column."),
     "recaption": (".commands", "Write a caption column for the pairs with a multimodal model."),
     "score": (".commands", "Score how well each caption column fits its image."),
     "shard": (".commands", "Split captions, mix columns and write training shards."),
@@ -32,6 +33,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "status": (".run", "Print how far the stages of a manifest have come."),
     "verify": (".verify", "Hash finished files again and compare with their sidecars."),
     "stats": (".stats", "Print counts and sizes of every folder under --work."),
+    "forget": (".forget", "Remove what came from a host, URL or image, in every stage."),
     "doctor": (".doctor", "Print versions, devices and space, and what is missing."),
 }
 

@@ -203,6 +203,21 @@ def common_options(names: Sequence[str]) -> list[click.Parameter]:
             metavar="N",
             help=f"Worker processes.  [default: {default['processes']}]",
         ),
+        "executor": click.Option(
+            ["--executor"],
+            type=click.Choice(["local", "ray"]),
+            help="Where worker processes run; ray takes the cluster that RAY_ADDRESS names.  "
+            f"[default: {default['executor']}]",
+        ),
+        "append": click.Option(
+            ["--append"], is_flag=True, help="Add the list's URLs that were never tried here as further shards."
+        ),
+        "retry": click.Option(
+            ["--retry"],
+            multiple=True,
+            metavar="CODE,…",
+            help="Try the list's rows that failed with these codes again, as further shards.",
+        ),
         "overwrite": click.Option(
             ["--overwrite"], is_flag=True, help="Make again what was made from other inputs or another config."
         ),
@@ -221,6 +236,8 @@ def job_from(given: dict[str, Any]) -> Job:
     names = {field.name for field in dataclasses.fields(Job)} - {"only"}
     chosen = {name: given[name] for name in names if given.get(name) is not None}
     parse_slice(chosen.get("slice"))
+    if "retry" in chosen:
+        chosen["retry"] = tuple(code for text in chosen["retry"] for code in text.split(",") if code)
     only = shards_named(given["shards"]) if given.get("shards") else None
     return Job(**chosen, only=only)
 

@@ -43,7 +43,7 @@ def report_lines(report: Report) -> list[str]:
         lines.append(f"  {number:>{len(str(total))}} of {total} {verb}")
     width = max((len(name) for name in report.facts), default=0)
     lines += [f"  {name:<{width}}  {figure(value)}" for name, value in report.facts.items()]
-    return lines
+    return lines + [f"  {note}" for note in report.notes]
 
 
 def figure(value: float | int | str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +15,7 @@ from .stages import STAGES
 
 if TYPE_CHECKING:
     from clips_data.executor import Job, Report
+    from clips_data.sample import Sample
 
     from .manifest import Manifest
     from .stamps import Standing
@@ -30,7 +32,8 @@ EXAMPLES: Final = {
 }
 ABOUT: Final = {
     "run": "Running it again goes on where it stopped. Outputs are under the manifest's `work`, or under --work.",
-    "plan": "Nothing is written. A stage after a changed one is done again only where its inputs differ.",
+    "plan": "Nothing is written. Some URLs are tried where a download is to run. "
+    "A stage after a changed one is done again only where its inputs differ.",
     "status": "Counts, sizes and times of what is finished so far.",
 }
 
@@ -47,10 +50,21 @@ def build(name: str, summary: str) -> click.Command:
                 metavar="STAGE.KEY=VALUE",
                 help="Override one value of the manifest; may be repeated.",
             ),
+            *([_sample_option()] if name == "plan" else []),
             *common_options(COMMON[name]),
         ],
         example=EXAMPLES[name],
         help=f"{summary}\n\nMANIFEST is a path or the name of a packaged one. {ABOUT[name]}",
+    )
+
+
+def _sample_option() -> click.Option:
+    return click.Option(
+        ["--sample"],
+        type=click.IntRange(min=0),
+        default=100,
+        metavar="ROWS",
+        help="URLs to try where a download is to run: DNS, success, speed; 0 asks nothing.  [default: 100]",
     )
 
 
@@ -105,14 +119,17 @@ def save_resolved(manifest: Manifest) -> Path:
     return path
 
 
-def plan(manifest: str, settings: Sequence[str], as_json: bool, debug: bool, work: Path | None) -> None:
+def plan(manifest: str, settings: Sequence[str], sample: int, as_json: bool, debug: bool, work: Path | None) -> None:
     from .manifest import load_manifest
 
-    show_plan(load_manifest(manifest, settings, work), as_json=as_json)
+    show_plan(load_manifest(manifest, settings, work), as_json=as_json, sample=sample)
 
 
-def show_plan(manifest: Manifest, *, as_json: bool) -> None:
-    """Prints what would run and why. What comes after a stage that is to run waits for it."""
+def show_plan(manifest: Manifest, *, as_json: bool, sample: int = 0) -> None:
+    """Prints what would run and why. What comes after a stage that is to run waits for it.
+
+    Where a download is to run, ``sample`` of its URLs are tried first.
+    """
     from . import stamps
 
     rows, waits_for = [], ""
@@ -126,10 +143,26 @@ def show_plan(manifest: Manifest, *, as_json: bool) -> None:
         rows.append({**row, "rows in": now.rows_in, "why": why, "bytes": present.bytes_text(now.num_bytes)})
         if would_run and not waits_for:
             waits_for = stage
+    tried = None
+    if sample and any(row["stage"] == "download" and row["what"] == "run" for row in rows):
+        tried = _try_sample(manifest.stages["download"], sample)
     if as_json:
-        present.print_json({"name": manifest.name, "work": str(manifest.work), "stages": rows})
+        found = {"name": manifest.name, "work": str(manifest.work), "stages": rows}
+        print_sample = {**asdict(tried), "estimated_s": tried.estimated_s} if tried else None
+        present.print_json({**found, "sample": print_sample})
     else:
         print(present.table(rows, ("stage", "what", "rows in", "rows", "bytes", "folder", "why")))
+        print("\n".join(tried.lines() if tried else []), end="\n" if tried else "")
+
+
+def _try_sample(config: Any, num_rows: int) -> Sample | None:
+    from clips_data.sample import measure
+
+    if config.source == "-":
+        present.say("The list comes from stdin and can be read once only, so no URL is tried.")
+        return None
+    present.say(f"download: trying {num_rows} URLs (--sample 0 leaves this out)")
+    return measure(config, num_rows)
 
 
 def status(manifest: str, settings: Sequence[str], as_json: bool, debug: bool, work: Path | None) -> None:

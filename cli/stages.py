@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DATA_OPTIONS: Final = (
     "work", "out", "limit", "slice", "processes", "overwrite", "dry-run", "json", "debug", "quiet",
 )  # fmt: skip
+DOWNLOAD_OPTIONS: Final = (*DATA_OPTIONS[:5], "executor", "append", "retry", *DATA_OPTIONS[5:])
 RUN_OPTIONS: Final = ("work", "out", "overwrite", "dry-run", "json", "debug", "quiet")
 IN_RUN_OPTIONS: Final = ("work", "overwrite", "dry-run", "json", "debug", "quiet")
 DEFAULT_RUN: Final = "default"
@@ -146,6 +147,7 @@ STAGES: Final[dict[str, Stage]] = {
             about="Every URL gets one row that says what became of it. Finished shards are never fetched again.",
             example="clips download urls.parquet --url-column url --caption-column alt --processes 2",
             positional="source",
+            options=DOWNLOAD_OPTIONS,
         ),
         Stage(
             "recaption",

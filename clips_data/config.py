@@ -24,8 +24,8 @@ class DownloadConfig(StageConfig):
     """``clips download``: a URL list becomes ``pairs/``."""
 
     source: str = Field(
-        description="URL list: a file or folder (parquet, csv, tsv, jsonl, txt, also .gz and .zst), an fsspec URL, - for "
-        "stdin, or 'demo' for the built-in demo world."
+        description="URL list: a file or folder (parquet, csv, tsv, jsonl, txt, also .gz and .zst), an fsspec URL, "
+        "- for stdin, or 'demo' for the built-in demo world."
     )
     adapter: str = Field(
         "auto", description="Published set whose columns the list has, 'auto' to tell it by its columns, or none."

@@ -1,4 +1,4 @@
-"""Maps a stage over its shards: in this process, in local worker processes, or as one slice of a job array.
+"""Maps a stage over its shards: here, in local worker processes, on a Ray cluster, or as one slice of a job array.
 
 Workers come from a forkserver that has imported the stage's heavy libraries once, so a task starts in milliseconds
 where a spawned interpreter would take seconds.
@@ -7,6 +7,8 @@ where a spawned interpreter would take seconds.
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
+import logging
 import multiprocessing
 import os
 import signal
@@ -14,9 +16,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from clips_data.errors import Interrupted, UsageError, UserError
+
+RAY_RETRIES: Final = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Job:
 class Report:
     """What a stage did. ``units`` are the finished files, in order, for stdout; ``counts`` has rows by outcome.
 
-    ``facts`` are further figures with the unit in their name (``startup_s``, ``captions_per_s``).
+    ``facts`` are further figures with the unit in their name (``startup_s``, ``captions_per_s``), ``notes`` lines for
+    people.
     """
 
     stage: str
@@ -56,6 +61,7 @@ class Report:
     skipped: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     facts: dict[str, float | int | str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def add(self, counts: dict[str, int]) -> None:
@@ -83,13 +89,23 @@ def slice_of(units: Sequence[str], part: str | None) -> list[str]:
 
 
 def map_units(
-    work: Callable[[Any], Any], tasks: Iterable[Any], *, num_processes: int, preload: Sequence[str] = ()
+    work: Callable[[Any], Any],
+    tasks: Iterable[Any],
+    *,
+    num_processes: int,
+    preload: Sequence[str] = (),
+    on: str = "local",
 ) -> Iterator[Any]:
     """Yields ``work(task)`` as tasks finish. ``num_processes`` 0 runs them here, one after the other.
 
-    ``preload`` names modules that the workers' parent imports once. A worker that dies ends the stage with a
+    ``preload`` names modules that the workers' parent imports once. ``on`` is ``local`` or ``ray``: then the tasks go
+    to the cluster that ``RAY_ADDRESS`` names (a local one where it names none), ``num_processes`` at a time, and all
+    its machines must see the stage's folders under the same paths. A worker that dies ends the stage with a
     ``UserError``; finished tasks stay finished. SIGTERM and Ctrl-C raise ``Interrupted``.
     """
+    if on == "ray":
+        yield from _map_on_ray(work, tasks, max(1, num_processes))
+        return
     if num_processes == 0:
         for task in tasks:
             yield work(task)
@@ -115,6 +131,40 @@ def map_units(
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _map_on_ray(work: Callable[[Any], Any], tasks: Iterable[Any], num_at_once: int) -> Iterator[Any]:
+    """No more tasks are handed over than run at once: what is not begun is not lost, and can be stopped."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
+    remote = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(work_on_ray)
+    shared = ray.put(work)
+    waiting = iter(tasks)
+    running: list[Any] = []
+    try:
+        while True:
+            running += [remote.remote(shared, task) for task in itertools.islice(waiting, num_at_once - len(running))]
+            if not running:
+                return
+            finished, running = ray.wait(running, num_returns=1)
+            yield ray.get(finished[0])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise UserError(
+            f"A task of the Ray cluster was lost {RAY_RETRIES + 1} times ({type(error).__name__}). Finished shards are "
+            "kept; run the same command again, with fewer --processes if memory is short."
+        ) from None
+    finally:
+        for task in running:
+            ray.cancel(task, force=True)
+
+
+def work_on_ray(work: Callable[[Any], Any], task: Any) -> Any:
+    """One task in a Ray worker, which has only what its pickled arguments bring."""
+    return work(task)
 
 
 def _prepare_worker() -> None:

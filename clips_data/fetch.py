@@ -8,31 +8,47 @@ body is. Nothing here raises for what a server does: the answer is a ``Fetched``
 
 from __future__ import annotations
 
-import email.utils
+import contextlib
 import functools
-import http.client
-import io
-import ipaddress
-import socket
+import re
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-from urllib.parse import urljoin, urlsplit
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote, urljoin, urlsplit
 
-from clips_data import __version__, draws
+from clips_data import __version__, addresses, hosts, proxies, robots, wire
+from clips_data.addresses import Refused
+from clips_data.answers import Busy, check_status, opt_out
+from clips_data.redact import redact
+from clips_data.robots import Origin
 
-MAX_REDIRECTS = 5
-READ_BYTES = 1 << 16
-OPT_OUT_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
-RETRIED_CODES = frozenset({"dns", "connect", "timeout", "http_5xx"})
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+MAX_REDIRECTS, MAX_PLACES = 5, 3
+MAX_TEXT, MAX_URL = 200, 2000
+PORTS = {"http": 80, "https": 443}
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+_SAFE_TARGET = re.compile(r"[A-Za-z0-9_.~%/:=&?+!$,;'@()*\[\]-]*")
+
+turns = hosts.Turns()
+idle = hosts.IdleConnections()
+
+Result = TypeVar("Result")
+_Reader = Callable[[wire.Connection, wire.Head, float], Result]
 
 
 @dataclass(frozen=True)
 class FetchPolicy:
-    """What a fetch may do. ``fixed_hosts`` maps a host name to ``(address, port)`` that is dialled unchecked."""
+    """What a fetch may do.
+
+    ``fixed_hosts`` maps a host name to ``(address, port)`` that is dialled unchecked. ``host_connections`` and
+    ``host_rate`` (requests per second, 0 for no cap) are this process' share of what a host may get, and
+    ``num_processes`` of these share a robots.txt's crawl delay. ``robots_folder`` keeps robots.txt files for all
+    processes of a machine. With ``env_proxy`` a proxy of the environment resolves and dials, so that of the checks of
+    addresses only those of literal ones are left.
+    """
 
     timeout_s: float
     retries: int
@@ -42,220 +58,276 @@ class FetchPolicy:
     honour_opt_out: bool = True
     user_agent: str = "clips"
     fixed_hosts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    dns_servers: tuple[str, ...] = ()
+    robots: bool = False
+    robots_folder: Path | None = None
+    host_connections: int = 16
+    host_rate: float = 0.0
+    env_proxy: bool = False
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.host_connections > 0, "a process without a connection would wait for ever"
+        addresses.networks(self.allow_network)
+        addresses.servers(self.dns_servers)
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """The outcome: ``code`` is ``ok`` and ``body`` holds the bytes, or ``detail`` says what went wrong."""
+    """The outcome: ``code`` is ``ok`` and ``body`` holds the bytes, or ``detail`` says what went wrong.
+
+    ``evidence`` is the header or robots.txt line that an opt-out rests on. No text here holds a secret of the URL.
+    """
 
     code: str
     body: bytes = b""
     detail: str = ""
     final_url: str = ""
     attempts: int = 1
-
-
-class _Refused(Exception):
-    """Ends one attempt with a code. ``wait_s`` is what the server asked for before another one."""
-
-    def __init__(self, code: str, detail: str, *, retry: bool = False, wait_s: float | None = None) -> None:
-        super().__init__(detail)
-        self.code, self.detail, self.retry, self.wait_s = code, detail, retry or code in RETRIED_CODES, wait_s
+    evidence: str = ""
 
 
 def fetch(url: str, policy: FetchPolicy) -> Fetched:
-    """GETs ``url``, with retries where a retry can help. Blocks for at most all attempts' deadlines and waits."""
-    for attempt in range(policy.retries + 1):
-        try:
-            body, final_url = _attempt(url, policy)
-            return Fetched("ok", body, final_url=final_url, attempts=attempt + 1)
-        except _Refused as refused:
-            if not refused.retry or attempt == policy.retries:
-                return Fetched(refused.code, detail=refused.detail, final_url=url, attempts=attempt + 1)
-            jitter = 0.5 + draws.uniform(0, "backoff", attempt, url)
-            asked = refused.wait_s if refused.wait_s is not None else 0.5 * 2**attempt * jitter
-            time.sleep(min(asked, policy.max_wait_s))
-    raise AssertionError("the last attempt returns")
+    """GETs ``url``, with retries where a retry can help. Blocks for all attempts' deadlines and waits for turns."""
+    walk = _Walk(url, policy)
+    try:
+        body = walk.with_retries(functools.partial(_read_image, policy), heed_robots=policy.robots)
+    except Refused as refused:
+        return Fetched(
+            refused.code,
+            detail=_printable(refused.detail, MAX_TEXT),
+            final_url=_printable(redact(walk.at), MAX_URL),
+            attempts=walk.attempts,
+            evidence=_printable(refused.evidence, MAX_TEXT),
+        )
+    return Fetched("ok", body, final_url=_printable(redact(walk.at), MAX_URL), attempts=walk.attempts)
 
 
-def _attempt(url: str, policy: FetchPolicy) -> tuple[bytes, str]:
-    deadline = time.monotonic() + policy.timeout_s
-    for _ in range(MAX_REDIRECTS + 1):
-        wire = None
-        try:
-            connection, wire, target = _connect(url, policy, deadline)
-            connection.request("GET", target, headers=_headers(policy))
-            response = connection.getresponse()
-            if response.status in (301, 302, 303, 307, 308):
-                location = response.getheader("Location")
-                if not location:
-                    raise _Refused("http_3xx", f"HTTP {response.status} without Location")
-                url = urljoin(url, location)
-                continue
-            _check_status(response)
-            if policy.honour_opt_out:
-                _check_opt_out(response, policy.user_agent)
-            return _read_capped(response, policy.max_image_bytes), url
-        except TimeoutError:
-            raise _Refused("timeout", f"no complete answer within {policy.timeout_s:g} s") from None
-        except ssl.SSLError as error:
-            raise _Refused("tls", f"TLS: {error.reason or error}") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise _Refused("connect", f"{type(error).__name__}: {error}") from None
-        finally:
-            if wire:
-                wire.hang_up()
-    raise _Refused("http_3xx", f"more than {MAX_REDIRECTS} redirects")
+def _printable(text: str, max_length: int) -> str:
+    """Without control, bidi and surrogate characters: servers choose what stands here, and terminals show it."""
+    if not text.isprintable():
+        text = "".join(character for character in text if character.isprintable())
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
-def _headers(policy: FetchPolicy) -> dict[str, str]:
-    return {"User-Agent": f"{policy.user_agent}/{__version__}", "Accept": "image/*", "Accept-Encoding": "identity"}
+# --- the way to an answer ---------------------------------------------------------------------------------------------
 
 
-def _connect(url: str, policy: FetchPolicy, deadline: float) -> tuple[http.client.HTTPConnection, _DeadlineSocket, str]:
-    """An open connection to the checked address of ``url``, its socket, and the request target."""
+class _Walk:
+    """The way from a URL over its redirects to an answer. ``at`` is the URL that it has come to."""
+
+    def __init__(self, url: str, policy: FetchPolicy) -> None:
+        self.url, self.policy = url.strip(), policy
+        self.at, self.attempts = self.url, 0
+
+    def with_retries(self, read: _Reader[Result], *, heed_robots: bool) -> Result:
+        """What ``read`` makes of the first answer that is no redirect. Raises the last attempt's ``Refused``."""
+        while True:
+            self.attempts += 1
+            try:
+                return self._attempt(read, heed_robots)
+            except Refused as refused:
+                if not refused.retry or self.attempts > self.policy.retries:
+                    raise
+                if not isinstance(refused, Busy):  # a busy host is paused, and the next turn there waits for that
+                    time.sleep(min(hosts.back_off_s(self.attempts - 1, self.url), self.policy.max_wait_s))
+
+    def _attempt(self, read: _Reader[Result], heed_robots: bool) -> Result:
+        policy, left_s = self.policy, self.policy.timeout_s
+        self.at = self.url
+        for _ in range(MAX_REDIRECTS + 1):
+            origin, target = _parse(self.at)
+            spacing_s = 1 / policy.host_rate if policy.host_rate else 0.0
+            if heed_robots:
+                spacing_s = max(spacing_s, _crawl_delay_s(origin, target, policy))
+            with turns.turn(origin.host, policy.host_connections, spacing_s) as turn:
+                deadline = time.monotonic() + left_s  # the wait for the turn is not the server's fault
+                try:
+                    with _failures_as_codes(policy), _answer(origin, target, policy, deadline) as (connection, head):
+                        if head.status not in REDIRECTS:
+                            return read(connection, head, deadline)
+                except Busy as busy:
+                    turn.pause(busy.asked_s, policy.max_wait_s)
+                    raise
+                left_s = deadline - time.monotonic()
+            self.at = _redirected(self.at, head)
+        raise Refused("http_3xx", f"more than {MAX_REDIRECTS} redirects")
+
+
+def _parse(url: str) -> tuple[Origin, str]:
+    """The origin of ``url``, and the path and query for its request line. No message here quotes the URL."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise _Refused("bad_url", f"not a URL: {error}") from None
-    if parts.scheme not in ("http", "https"):
-        raise _Refused("blocked_address", f"scheme {parts.scheme or '(none)'} is not http or https")
-    if not host:
-        raise _Refused("bad_url", "the URL has no host")
-    port = port or (443 if parts.scheme == "https" else 80)
-    if host in policy.fixed_hosts:
-        address, dial_port = policy.fixed_hosts[host]
-    else:
-        address, dial_port = _public_address(host, port, policy.allow_network), port
-    connection = http.client.HTTPConnection(host, port)
-    raw = socket.create_connection((address, dial_port), timeout=_remaining(deadline))
-    if parts.scheme == "https":
-        raw = _tls_context().wrap_socket(raw, server_hostname=host)
-    connection.sock = wire = _DeadlineSocket(raw, deadline)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return connection, wire, _quoted(target)
-
-
-def _quoted(target: str) -> str:
-    """Percent-encodes what may not stand in a request line and leaves existing escapes alone."""
-    from urllib.parse import quote
-
-    return quote(target, safe="%/:=&?~#+!$,;'@()*[]")
-
-
-@functools.cache
-def _tls_context() -> ssl.SSLContext:
-    return ssl.create_default_context()
-
-
-def _public_address(host: str, port: int, allow_network: tuple[str, ...]) -> str:
-    """The first address of ``host`` that may be dialled."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError) as error:
-        raise _Refused("dns", f"{host}: {error}") from None
-    addresses = [str(entry[4][0]) for entry in found]
-    for address in addresses:
-        if is_allowed(address, allow_network):
-            return address
-    raise _Refused("blocked_address", f"{host} resolves to {addresses[0]}, which is not a public address")
-
-
-def is_allowed(address: str, allow_network: tuple[str, ...] = ()) -> bool:
-    """Whether ``address`` is public, or lies in one of the CIDR blocks that the user named."""
-    ip = ipaddress.ip_address(address.split("%")[0])
-    if any(ip in ipaddress.ip_network(block) for block in allow_network):
-        return True
-    if isinstance(ip, ipaddress.IPv6Address):
-        embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if embedded is not None:
-            return is_allowed(str(embedded), allow_network)
-        if ip in NAT64:
-            return False
-    return ip.is_global and not ip.is_multicast
-
-
-def _check_status(response: http.client.HTTPResponse) -> None:
-    status = response.status
-    if status == 200:
-        return
-    if status in (429, 503):
-        wait_s = _retry_after_s(response.getheader("Retry-After"))
-        raise _Refused(f"http_{status // 100}xx", f"HTTP {status}", retry=True, wait_s=wait_s)
-    family = status // 100 if 3 <= status // 100 <= 5 else 5
-    raise _Refused(f"http_{family}xx", f"HTTP {status}")
-
-
-def _retry_after_s(value: str | None) -> float | None:
-    """Retry-After in seconds, from its number or its HTTP date; ``None`` where there is none."""
-    if not value:
-        return None
-    if value.strip().isdigit():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError:
-        return None
+        raise Refused("bad_url", "not a URL") from None
+    if not parts.scheme:
+        raise Refused("bad_url", "the URL has no scheme")
+    if parts.scheme not in PORTS:
+        raise Refused("blocked_address", f"scheme {parts.scheme} is not http or https")
+    if not host:
+        raise Refused("bad_url", "the URL has no host")
+    if port == 0 or "\\" in parts.netloc or ("[" in parts.netloc and ":" not in host):
+        raise Refused("bad_url", "the URL has no usable host and port")
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    if not _SAFE_TARGET.fullmatch(target):
+        target = quote(target, safe="%/:=&?~+!$,;'@()*[]", errors="replace")
+    return Origin(parts.scheme, addresses.canonical_host(host), port or PORTS[parts.scheme]), target
 
 
-def _check_opt_out(response: http.client.HTTPResponse, user_agent: str) -> None:
-    for value in response.headers.get_all("X-Robots-Tag", []):
-        agent, _, directives = value.rpartition(":")
-        if agent and agent.strip().lower() != user_agent.lower():
-            continue
-        named = {directive.strip().lower() for directive in directives.split(",")}
-        if named & OPT_OUT_DIRECTIVES:
-            raise _Refused("opt_out", f"X-Robots-Tag: {value}")
-    if (response.getheader("tdm-reservation") or "").strip() == "1":
-        raise _Refused("opt_out", "tdm-reservation: 1")
+def _redirected(url: str, head: wire.Head) -> str:
+    location = head.get("location")
+    if not location:
+        raise Refused("http_3xx", f"HTTP {head.status} without Location")
+    try:
+        following = urljoin(url, location)
+        _parse(following)
+    except (ValueError, Refused) as error:
+        if isinstance(error, Refused) and error.code != "bad_url":
+            raise
+        raise Refused("http_3xx", f"HTTP {head.status} to what is no URL") from None
+    return following
 
 
-def _read_capped(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    body = bytearray()
-    while chunk := response.read1(READ_BYTES):
-        body += chunk
-        if len(body) > max_bytes:
-            raise _Refused("too_large", f"the body is larger than {max_bytes} bytes")
-    if response.length:  # what Content-Length promised and did not come
-        raise _Refused("connect", f"the body ended {response.length} bytes early")
-    return bytes(body)
+def _crawl_delay_s(origin: Origin, target: str, policy: FetchPolicy) -> float:
+    """Seconds between this process' requests to ``origin`` by its robots.txt. Raises ``Refused`` by its rules."""
+
+    def ask(url: str) -> robots.Heard:
+        try:
+            return robots.Heard(_Walk(url, policy).with_retries(_read_robots, heed_robots=False))
+        except Refused as refused:
+            if refused.code == "http_3xx":  # RFC 9309: a robots.txt behind too many redirects is one that is not there
+                return robots.Heard()
+            return robots.Heard(code=refused.code, detail=_printable(refused.detail, MAX_TEXT))
+
+    asked_s = robots.crawl_delay_s(origin, target, policy.user_agent, policy.robots_folder, ask)
+    return min(asked_s, policy.max_wait_s) * policy.num_processes
 
 
-def _remaining(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
+@contextlib.contextmanager
+def _failures_as_codes(policy: FetchPolicy) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise Refused("timeout", f"no complete answer within {policy.timeout_s:g} s", retry=True) from None
+    except ssl.SSLError as error:
+        reason = getattr(error, "verify_message", None) or error.reason or str(error)
+        raise Refused("tls", f"TLS: {reason}") from None
+    except wire.TooLarge as error:
+        raise Refused("too_large", str(error)) from None
+    except wire.Malformed as error:
+        raise Refused("connect", str(error)) from None
+    except OSError as error:
+        raise Refused("connect", error.strerror or str(error) or type(error).__name__, retry=True) from None
 
 
-class _DeadlineSocket:
-    """A socket whose every operation ends at one deadline: a server that drips bytes cannot hold a thread."""
-
-    def __init__(self, raw: socket.socket, deadline: float) -> None:
-        self._raw, self._deadline = raw, deadline
-
-    def sendall(self, data: Any) -> None:
-        self._raw.settimeout(_remaining(self._deadline))
-        self._raw.sendall(data)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_DeadlineReader(self._raw, self._deadline))
-
-    def close(self) -> None:
-        """Does nothing: http.client closes early, while the response is still being read. See ``hang_up``."""
-
-    def hang_up(self) -> None:
-        self._raw.close()
+# --- one request ------------------------------------------------------------------------------------------------------
 
 
-class _DeadlineReader(io.RawIOBase):
-    def __init__(self, raw: socket.socket, deadline: float) -> None:
-        self._raw, self._deadline = raw, deadline
+@contextlib.contextmanager
+def _answer(
+    origin: Origin, target: str, policy: FetchPolicy, deadline: float
+) -> Iterator[tuple[wire.Connection, wire.Head]]:
+    """The answer to one request, up to its body, on a kept connection or a new one."""
+    is_fixed = origin.host in policy.fixed_hosts
+    proxy = proxies.of_environment(origin.scheme, origin.host) if policy.env_proxy and not is_fixed else None
+    places = _places(origin, policy, proxy, deadline)
+    request = _request(origin, target, policy.user_agent, proxy)
+    connection, head = idle.take((origin, places)), None
+    if connection is not None:
+        head = _ask_kept(connection, request, deadline)
+    if connection is None or head is None:
+        connection = _dial(origin, places, proxy, deadline)
+    try:
+        yield connection, head or connection.ask(request, deadline)
+    finally:
+        idle.give_back((origin, places), connection)
 
-    def readable(self) -> bool:
-        return True
 
-    def readinto(self, buffer: Any) -> int:
-        self._raw.settimeout(_remaining(self._deadline))
-        return self._raw.recv_into(buffer)
+def _ask_kept(connection: wire.Connection, request: bytes, deadline: float) -> wire.Head | None:
+    """The answer on a connection that was idle; ``None`` where the server had hung up, which is nobody's failure."""
+    try:
+        return connection.ask(request, deadline)
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, wire.HungUp):
+            return None
+        raise
+
+
+def _places(
+    origin: Origin, policy: FetchPolicy, proxy: proxies.Proxy | None, deadline: float
+) -> tuple[tuple[str, int], ...]:
+    """Where to dial for ``origin``, in order: checked addresses, unless the user has fixed one or named a proxy."""
+    if origin.host in policy.fixed_hosts:
+        return (policy.fixed_hosts[origin.host],)
+    if proxy is not None and not addresses.is_literal(origin.host):
+        return proxy.places
+    allowed = addresses.allowed_addresses(origin.host, policy.allow_network, policy.dns_servers, deadline)
+    return proxy.places if proxy is not None else tuple((address, origin.port) for address in allowed)
+
+
+def _dial(
+    origin: Origin, places: tuple[tuple[str, int], ...], proxy: proxies.Proxy | None, deadline: float
+) -> wire.Connection:
+    """A connection to the first of ``places`` that answers; each but the last may take half of the time left."""
+    for number, place in enumerate(places[:MAX_PLACES], start=1):
+        is_last = number == len(places[:MAX_PLACES])
+        until = deadline if is_last else deadline - wire.left_s(deadline) / 2
+        try:
+            connection = wire.Connection(place, until)
+            break
+        except OSError:
+            if is_last:
+                raise
+    try:
+        if origin.scheme == "https":
+            if proxy is not None:
+                _tunnel(connection, origin, proxy, deadline)
+            connection.start_tls(origin.host, deadline)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _tunnel(connection: wire.Connection, origin: Origin, proxy: proxies.Proxy, deadline: float) -> None:
+    place = f"{origin.in_brackets}:{origin.port}"
+    request = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{proxy.authorization}\r\n"
+    status = connection.ask(request.encode(), deadline).status
+    if status != 200:
+        raise Refused("connect", f"the proxy answers HTTP {status}")
+
+
+def _request(origin: Origin, target: str, user_agent: str, proxy: proxies.Proxy | None) -> bytes:
+    host = origin.in_brackets if origin.port == PORTS[origin.scheme] else f"{origin.in_brackets}:{origin.port}"
+    authorization = ""
+    if proxy is not None and origin.scheme == "http":
+        target, authorization = f"http://{host}{target}", proxy.authorization
+    return (
+        f"GET {target} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: {user_agent}/{__version__}\r\n"
+        f"Accept: image/*, */*;q=0.5\r\nAccept-Encoding: identity\r\n{authorization}\r\n"
+    ).encode()
+
+
+# --- what is made of an answer ----------------------------------------------------------------------------------------
+
+
+def _read_image(policy: FetchPolicy, connection: wire.Connection, head: wire.Head, deadline: float) -> bytes:
+    check_status(head)
+    if head.status not in (200, 203):
+        raise Refused("not_an_image", f"HTTP {head.status} brings no whole image")
+    if policy.honour_opt_out and (evidence := opt_out(head.headers, policy.user_agent)):
+        raise Refused("opt_out", evidence, evidence=evidence)
+    return connection.read_body(policy.max_image_bytes, deadline)
+
+
+def _read_robots(connection: wire.Connection, head: wire.Head, deadline: float) -> str:
+    """The text of a robots.txt, as far as it is read; "" where there is none."""
+    if 400 <= head.status < 500 and head.status != 429:
+        return ""
+    check_status(head)
+    body = connection.read_body(robots.MAX_ROBOTS_BYTES, deadline, cut=True)
+    if len(body) == robots.MAX_ROBOTS_BYTES:
+        body = body[: body.rfind(b"\n") + 1]
+    return body.decode("utf-8-sig", errors="replace")

@@ -7,11 +7,11 @@ or that speaks of another image, ends the stage with its key named.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from clips_data import ledger, schema, tars
+from clips_data import duplicates, ledger, schema, tars
 from clips_data.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -33,12 +33,17 @@ class Inputs:
     units: tuple[str, ...]
     folders: Mapping[str, Path]
     """``captions/<column>`` and ``scores/<name>`` to the folder it is in."""
+    left_out: Mapping[str, pl.Series] = field(default_factory=dict)
+    """Unit to the keys of its images that repeat an earlier one; ``table`` leaves these rows out."""
 
     def digests(self) -> dict[str, str]:
         """One digest a folder, of the contents of all its units: what the stages to the right compare on resume."""
         found = {}
         for name, folder in {schema.PAIRS: self.pairs, **self.folders}.items():
             found[name] = ledger.digest_json({unit: _sidecar(folder, unit).digest for unit in self.units})
+        if self.left_out:
+            keys = {unit: keys.to_list() for unit, keys in self.left_out.items()}
+            found["left_out_duplicates"] = ledger.digest_json(keys)
         return found
 
     def unit_digests(self, unit: str) -> dict[str, str]:
@@ -68,15 +73,22 @@ class Inputs:
             file = folder / f"{unit}.parquet"
             other = _scores(file) if name.startswith(schema.SCORES) else _captions(file, folder.name)
             table = _join(table, other, where, file)
-        return table.join(self._images(unit), on="key", how="left", maintain_order="left").pipe(_check_images, where)
+        source = pl.coalesce("source_key", "key") if "source_key" in table.columns else pl.col("key")
+        placed = table.with_columns(source.alias("place.key"))
+        images = self._images(unit, ignore="source_key" in table.columns and table["source_key"].null_count() == 0)
+        found = placed.join(images, on="place.key", how="left", maintain_order="left").pipe(_check_images, where)
+        return found.filter(~pl.col("key").is_in(self.left_out[unit].implode())) if unit in self.left_out else found
 
-    def _images(self, unit: str) -> pl.DataFrame:
+    def _images(self, unit: str, *, ignore: bool) -> pl.DataFrame:
+        """Where the images lie in the tar. ``ignore`` passes over what else an adopted tar may hold."""
         import polars as pl
 
-        members = [m for m in tars.read_members(self.pairs / f"{unit}.tar") if m.ext in schema.IMAGE_EXTENSIONS]
+        path = self.pairs / f"{unit}.tar"
+        known = (*schema.IMAGE_EXTENSIONS, *schema.ADOPTED_EXTENSIONS)
+        members = [m for m in tars.read_members(path, extensions=None if ignore else tars.EXTENSIONS) if m.ext in known]
         return pl.DataFrame(
             [(member.key, member.ext, member.offset, member.size_bytes) for member in members],
-            schema={"key": pl.String, "place.ext": pl.String, "place.offset": pl.Int64, "place.bytes": pl.Int64},
+            schema={"place.key": pl.String, "place.ext": pl.String, "place.offset": pl.Int64, "place.bytes": pl.Int64},
             orient="row",
         )
 
@@ -88,10 +100,12 @@ def open_inputs(
     scores: str | None = None,
     units: tuple[str, ...] | None = None,
     pairs: Path | None = None,
+    without_duplicates: bool = False,
 ) -> Inputs:
     """The folders under ``work`` that hold these columns and scores, once all of ``units`` are finished in them.
 
-    ``units`` defaults to all finished shards of ``pairs`` (default ``work/pairs``). Raises ``UserError`` naming the
+    ``units`` defaults to all finished shards of ``pairs`` (default ``work/pairs``). ``without_duplicates`` leaves out
+    images that the download marked as repeating an earlier one. Raises ``UserError`` naming the
     folder and the command that makes it.
     """
     pairs = pairs or work / schema.PAIRS
@@ -110,7 +124,7 @@ def open_inputs(
         folders[f"{schema.SCORES}/{scores}"] = folder
     for unit in names:
         _sidecar(pairs, unit)
-    return Inputs(pairs, names, folders)
+    return Inputs(pairs, names, folders, duplicates.left_out(pairs, names) if without_duplicates else {})
 
 
 def read_table(path: Path) -> pl.DataFrame:
@@ -234,7 +248,8 @@ def _check_unique(table: pl.DataFrame, where: Path) -> None:
 def _check_images(table: pl.DataFrame, where: Path) -> pl.DataFrame:
     import polars as pl
 
-    wrong = table.filter(pl.col("place.ext").is_null() | (pl.col("place.ext") != pl.col("image_ext")))
+    ours = pl.col("source_key").is_null() if "source_key" in table.columns else pl.lit(True)
+    wrong = table.filter(pl.col("place.ext").is_null() | (ours & (pl.col("place.ext") != pl.col("image_ext"))))
     if len(wrong):
         raise UserError(
             f"The tar beside {where} has no {wrong['image_ext'][0]} image for key {wrong['key'][0]} ({len(wrong)} of "

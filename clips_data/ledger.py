@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +72,11 @@ def sidecar_path(folder: Path, unit: str) -> Path:
     return folder / (unit + SIDECAR)
 
 
-def read_sidecar(folder: Path, unit: str) -> Sidecar | None:
+def read_sidecar(folder: Path, unit: str, *, check_files: bool = True) -> Sidecar | None:
     """The sidecar of ``unit``, or ``None`` when the unit is not finished.
 
-    Raises ``UserError`` when a sidecar exists whose files are missing, have another size, or whose schema is unknown.
+    Raises ``UserError`` when a sidecar exists whose schema is unknown or, with ``check_files``, whose files are missing
+    or have another size.
     """
     path = sidecar_path(folder, unit)
     if not path.exists():
@@ -87,6 +89,13 @@ def read_sidecar(folder: Path, unit: str) -> Sidecar | None:
             "Use the clips version that wrote it, or make the folder again."
         )
     sidecar = Sidecar(**content)
+    if check_files:
+        _check_files(folder, sidecar)
+    return sidecar
+
+
+def _check_files(folder: Path, sidecar: Sidecar) -> None:
+    path = sidecar_path(folder, sidecar.unit)
     for name, about in sidecar.files.items():
         file = folder / name
         if not file.exists() or file.stat().st_size != about["bytes"]:
@@ -95,7 +104,6 @@ def read_sidecar(folder: Path, unit: str) -> Sidecar | None:
                 f"{path} promises {name} with {about['bytes']} bytes, but {found} is there. "
                 f"Restore the file, or delete {path.name} to make this unit again."
             )
-    return sidecar
 
 
 def finished_units(folder: Path) -> list[str]:
@@ -105,27 +113,72 @@ def finished_units(folder: Path) -> list[str]:
     return sorted(path.name.removesuffix(SIDECAR) for path in folder.glob("*" + SIDECAR))
 
 
-def is_done(folder: Path, unit: str, *, inputs: Mapping[str, str], config: Mapping[str, Any], overwrite: bool) -> bool:
+def is_done(
+    folder: Path,
+    unit: str,
+    *,
+    inputs: Mapping[str, str],
+    config: Mapping[str, Any],
+    overwrite: bool,
+    dry_run: bool = False,
+) -> bool:
     """Whether ``unit`` is finished and was made from just these inputs and this config.
 
     Raises ``ResumeRefused`` with the difference when it was made from others; with ``overwrite`` the old sidecar is
-    removed instead, which makes the unit missing work again.
+    removed instead (``dry_run`` leaves it), which makes the unit missing work again.
     """
-    sidecar = read_sidecar(folder, unit)
+    sidecar = read_sidecar(folder, unit, check_files=False)
     if sidecar is None:
         return False
     differences = _differences("input", sidecar.inputs, inputs) + _differences("config", sidecar.config, config)
     if not differences:
+        _check_files(folder, sidecar)
         return True
     if overwrite:
-        sidecar_path(folder, unit).unlink()
-        fsync_folder(folder)
+        if not dry_run:
+            forget_unit(folder, unit)
         return False
     raise ResumeRefused(
         f"{folder / unit} was finished with other inputs or another config:\n  "
         + "\n  ".join(differences)
         + "\nUse --overwrite to make it again, or --out with a new folder to keep both."
     )
+
+
+def forget_unit(folder: Path, unit: str) -> None:
+    """Removes the sidecar of ``unit``: its files are orphans from now on, and the unit is missing work."""
+    sidecar_path(folder, unit).unlink(missing_ok=True)
+    fsync_folder(folder)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Which units are missing and which are finished, in the order asked, and the finished ones' rows by outcome."""
+
+    missing: list[str]
+    finished: list[str]
+    counts: Counter[str]
+
+
+def stand(
+    folder: Path,
+    inputs_of: Mapping[str, Mapping[str, str]],
+    config: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    dry_run: bool,
+) -> Standing:
+    """Sorts the units of ``inputs_of`` into missing and finished ones. Raises as ``is_done`` does."""
+    standing = Standing([], [], Counter())
+    for unit, inputs in inputs_of.items():
+        if is_done(folder, unit, inputs=inputs, config=config, overwrite=overwrite, dry_run=dry_run):
+            sidecar = read_sidecar(folder, unit)
+            assert sidecar is not None
+            standing.counts.update(sidecar.counts)
+            standing.finished.append(unit)
+        else:
+            standing.missing.append(unit)
+    return standing
 
 
 def _differences(kind: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -150,8 +203,12 @@ def commit(
     inputs: Mapping[str, str],
     config: Mapping[str, Any],
     counts: Mapping[str, int],
+    links: Mapping[str, Path] | None = None,
 ) -> Sidecar:
-    """Makes the ``*.part`` files of ``unit`` appear under their names, then its sidecar; on return all is on disk."""
+    """Makes the ``*.part`` files of ``unit`` appear under their names, then its sidecar; on return all is on disk.
+
+    ``links`` are files of the unit that stay where they are, with the names of the links to them that are made here.
+    """
     from clips_data import __version__
 
     about: dict[str, dict[str, Any]] = {}
@@ -159,12 +216,23 @@ def commit(
         path = part(folder / name)
         fsync_file(path)
         about[name] = {"bytes": path.stat().st_size, "sha256": digest_file(path)}
+    for name, target in (links or {}).items():
+        about[name] = {"bytes": target.stat().st_size, "sha256": digest_file(target)}
+        _link(folder / name, target)
     for name in files:
         part(folder / name).replace(folder / name)
     fsync_folder(folder)
     sidecar = Sidecar(unit, about, dict(inputs), dict(config), dict(counts), __version__)
     write_json(sidecar_path(folder, unit), {"schema_version": SCHEMA_VERSION, **sidecar.__dict__})
     return sidecar
+
+
+def _link(path: Path, target: Path) -> None:
+    """Not by way of ``*.part``: a killed run's would be written through by the next writer of that name."""
+    new = path.with_name(path.name + ".link")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    new.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -220,11 +288,19 @@ def readable_disk_errors(where: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, name: str = "lock") -> Iterator[None]:
-    """Holds an exclusive lock in ``folder`` among processes of this machine; it ends with its holder."""
+def locked(folder: Path, name: str = "lock", *, wait: bool = True) -> Iterator[None]:
+    """Holds an exclusive lock in ``folder`` among processes of this machine; it ends with its holder.
+
+    Without ``wait`` a lock that another process holds is a ``UserError``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{name}").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another clips process is at work in {folder} ({name}). Wait for it, or give this one another --out."
+            ) from None
         yield
 
 

@@ -12,10 +12,10 @@ from urllib.parse import SplitResult, urlsplit
 
 REDACTED = "REDACTED"
 _SECRET_NAMES = frozenset((
-    "signature", "sig", "sign", "hmac", "token", "auth", "authorization", "password", "passwd", "pwd", "secret", "policy",
-    "key-pair-id", "credential", "credentials", "api_key", "apikey", "api-key", "access_key", "accesskey", "accesskeyid",
-    "awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "session", "sessionid", "jwt", "bearer", "hdnea", "hdnts",
-    "__token__", "client_secret", "verify",
+    "signature", "sig", "sign", "hmac", "token", "auth", "authorization", "password", "passwd", "pwd", "secret",
+    "policy", "key-pair-id", "credential", "credentials", "api_key", "apikey", "api-key", "access_key", "accesskey",
+    "accesskeyid", "awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "session", "sessionid", "jwt", "bearer",
+    "hdnea", "hdnts", "__token__", "client_secret", "verify",
 ))  # fmt: skip
 _SECRET_PREFIXES = ("x-amz-", "x-goog-", "x-oss-", "x-cos-")
 _SECRET_ENDINGS = ("token", "_sig", "signature", "_key", "-key", "secret")

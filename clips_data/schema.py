@@ -12,6 +12,8 @@ KEY_DIGITS_IN_SHARD: Final = 4
 """A key is the shard number followed by the row in the shard, so a shard holds at most 10**4 rows."""
 
 IMAGE_EXTENSIONS: Final = ("jpg", "png", "webp")
+ADOPTED_EXTENSIONS: Final = ("jpeg",)
+"""Further extensions that images have in tars of others."""
 
 # Folders under --work, left to right. A stage reads only folders to its left.
 PAIRS, CAPTIONS, SCORES, SHARDS, RUNS = "pairs", "captions", "scores", "shards", "runs"

@@ -36,20 +36,15 @@ def run(config: ScoreConfig, job: Job) -> Report:
     out = job.out or job.work / schema.SCORES / config.name
     model = resolve_model(config)
     about = {**config.model_dump(mode="json", exclude=NOT_IN_DIGEST), "model_digest": model_digest(model)}
-    report, missing = Report("score"), []
-    for unit in executor.slice_of(given.units, job.slice):
-        inputs = given.unit_digests(unit)
-        if ledger.is_done(out, unit, inputs=inputs, config=about, overwrite=job.overwrite and not job.dry_run):
-            sidecar = ledger.read_sidecar(out, unit)
-            assert sidecar is not None
-            report.add(dict(sidecar.counts))
-            report.skipped += 1
-        else:
-            missing.append(unit)
+    report = Report("score")
+    inputs_of = {unit: given.unit_digests(unit) for unit in executor.slice_of(given.units, job.slice)}
+    standing = ledger.stand(out, inputs_of, about, overwrite=job.overwrite, dry_run=job.dry_run)
+    report.skipped = len(standing.finished)
+    report.add(dict(standing.counts))
     if job.dry_run:
-        report.facts["shards_to_do"] = len(missing)
-    elif missing:
-        _score(missing, given, out, config, about, model, job, report)
+        report.facts["shards_to_do"] = len(standing.missing)
+    elif standing.missing:
+        _score(standing.missing, given, out, config, about, model, job, report)
     finished = set(ledger.finished_units(out))
     report.units = [out / f"{unit}.parquet" for unit in given.units if unit in finished]
     report.seconds = time.monotonic() - started

@@ -50,7 +50,9 @@ def run(config: ShardConfig, job: Job) -> Report:
     report = Report("shard")
     config = _without_absent_scores(config, job.work, report)
     units = tuple(sorted(path.stem for path in job.only)) if job.only is not None else None
-    given = joined.open_inputs(job.work, config.columns, scores=config.scores, units=units)
+    given = joined.open_inputs(job.work, config.columns, scores=config.scores, units=units, without_duplicates=True)
+    if given.left_out:
+        report.facts["left_out_as_duplicates"] = sum(len(keys) for keys in given.left_out.values())
     out = job.out or job.work / schema.SHARDS
     plan = out / "_plan" / (job.slice or "all").replace("/", "-of-") / "plan.parquet"
     writing = Writing(config, given.pairs, out, plan, given.digests())

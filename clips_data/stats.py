@@ -5,29 +5,28 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from clips_data import joined, ledger, schema
+from clips_data import joined, ledger, measure, pair_stats, schema
+from clips_data.errors import UserError
 
 if TYPE_CHECKING:
     import polars as pl
 
+_OPENER: Final = r"(?i)^\W*(in )?(the|this) (image|picture|photo|photograph|illustration|scene)\b"
+_SENTENCE_END: Final = r"""[.!?…]+["'”’)\]]*(\s|$)|[。！？]|[^\s.!?…。！？"'”’)\]]["'”’)\]]*$"""
+"""An end mark before a space, or the end of a text that lacks one; abbreviations count as ends too."""
+_REFUSED: Final = ("refused", "echo")
+"""Codes of captions that decline to answer or leak the prompt."""
 
-def gather(work: Path) -> dict[str, Any]:
-    """Counts of every stage that has finished units under ``work``, ready for JSON.
+
+def gather(folder: Path, top: int = pair_stats.TOP_HOSTS) -> dict[str, Any]:
+    """Counts of every stage that has finished units in a work folder, or of one stage's folder, ready for JSON.
 
     ``download``, ``captions`` by column, ``scores`` by name, ``shards``. A stage without finished units is absent.
+    ``top`` is the number of hosts shown. Raises ``UserError`` for a folder of another kind.
     """
-    found: dict[str, Any] = {}
-    if units := ledger.finished_units(work / schema.PAIRS):
-        found["download"] = _download(work / schema.PAIRS, units)
-    for name, count in ((schema.CAPTIONS, _captions), (schema.SCORES, _scores)):
-        parts = {folder.name: count(folder) for folder in _folders(work / name)}
-        if parts:
-            found[name] = parts
-    if (work / schema.SHARDS / "index.json").exists():
-        found["shards"] = _shards(work / schema.SHARDS)
-    return found
+    return _work(folder, top) or _stage(folder, top)
 
 
 def spread(values: list[float]) -> dict[str, float | int]:
@@ -44,64 +43,107 @@ def spread(values: list[float]) -> dict[str, float | int]:
     return {"num": len(ordered), **ends, "mean": mean, "median": rank(0.5), "p95": rank(0.95)}
 
 
+def _work(work: Path, top: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if units := ledger.finished_units(work / schema.PAIRS):
+        found["download"] = pair_stats.gather(work / schema.PAIRS, units, top)
+    for name, count in ((schema.CAPTIONS, _captions), (schema.SCORES, _scores)):
+        if parts := {folder.name: count(folder) for folder in _folders(work / name)}:
+            found[name] = parts
+    if (work / schema.SHARDS / "index.json").exists():
+        found["shards"] = _shards(work / schema.SHARDS)
+    return found
+
+
+def _stage(folder: Path, top: int) -> dict[str, Any]:
+    """Counts of one stage's folder, told by what its tables hold, under the name that they have in a work folder."""
+    if (folder / "index.json").exists():
+        return {"shards": _shards(folder)}
+    if units := ledger.finished_units(folder):
+        kind = _kind(folder, units[0])
+        if kind == schema.PAIRS:
+            return {"download": pair_stats.gather(folder, units, top)}
+        return {kind: {folder.name: _captions(folder) if kind == schema.CAPTIONS else _scores(folder)}}
+    found: dict[str, Any] = {}
+    for column in _folders(folder):  # captions/ or scores/ as a whole
+        for kind, parts in _stage(column, top).items():
+            if kind in (schema.CAPTIONS, schema.SCORES):
+                found.setdefault(kind, {}).update(parts)
+    return found
+
+
+def _kind(folder: Path, unit: str) -> str:
+    """Which stage made this finished unit."""
+    table = folder / f"{unit}.parquet"
+    columns = set(measure.columns_of(table)) if table.exists() else set()
+    if "finish_reason" in columns:
+        return schema.CAPTIONS
+    if {"key", "status", "code"} <= columns:
+        return schema.PAIRS
+    if {"key", "sha256"} <= columns:
+        return schema.SCORES
+    raise UserError(
+        f"{folder} holds no tables of pairs, captions or scores, and no shards. Point `clips stats` at a work folder, "
+        "or at pairs/, captions/NAME, scores/NAME or shards/ in it."
+    )
+
+
 def _folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     return [folder for folder in sorted(parent.iterdir()) if folder.is_dir() and ledger.finished_units(folder)]
 
 
-def _download(folder: Path, units: list[str]) -> dict[str, Any]:
-    codes: Counter[str] = Counter()
-    words: list[float] = []
-    num_bytes, hashes = 0, Counter[str]()
-    for unit in units:
-        table = joined.read_table(folder / f"{unit}.parquet")
-        codes.update(table["code"].to_list())
-        good = table.filter(table["status"] == schema.STATUS_SUCCESS)
-        num_bytes += int(good["bytes"].sum() or 0)
-        hashes.update(good["sha256"].to_list())
-        if "caption" in table.columns:
-            words += _words(good["caption"])
-    return {
-        **_outcomes(codes),
-        "shards": len(units),
-        "image_bytes": num_bytes,
-        "different_images": len(hashes),
-        "web_caption_words": spread(words),
-    }
-
-
 def _captions(folder: Path) -> dict[str, Any]:
-    codes, flags, finish = Counter[str](), Counter[str](), Counter[str]()
-    words: list[float] = []
-    tokens: list[float] = []
+    import polars as pl
+
     units = ledger.finished_units(folder)
-    for unit in units:
-        table = joined.read_table(folder / f"{unit}.parquet")
-        codes.update(table["code"].to_list())
-        flags.update(flag for some in table["flags"].to_list() for flag in some or ())
-        finish.update(str(reason) for reason in table["finish_reason"].to_list())
-        good = table.filter(table["status"] == schema.STATUS_SUCCESS)
-        words += _words(good["caption"])
-        tokens += good["num_tokens"].drop_nulls().to_list()
-    return {
-        **_outcomes(codes),
-        "shards": len(units),
-        "flags": _sorted(flags),
-        "finish_reasons": _sorted(finish),
-        "caption_words": spread(words),
-        "caption_tokens": spread(tokens),
+    columns = dict.fromkeys(("caption", "status", "code", "finish_reason"), pl.String)
+    rows = measure.scan(folder, units, columns | {"num_tokens": pl.Int64(), "flags": pl.List(pl.String)})
+    codes = measure.counts(folder, rows, pl.col("code"))
+    finish = measure.counts(folder, rows, pl.col("finish_reason"))
+    good = rows.filter(pl.col("status") == schema.STATUS_SUCCESS)
+    captioned = good.select(pl.col("caption").str.strip_chars()).filter(pl.col("caption") != "")
+    flagged = rows.select("flags").explode("flags").filter(pl.col("flags").is_not_null())
+    (openers,) = measure.collect(folder, captioned.select(pl.col("caption").str.contains(_OPENER).sum()))
+    texts = measure.spreads(folder, captioned, {"words": _count(r"\S+"), "sentences": _count(_SENTENCE_END)})
+    tokens = measure.spreads(folder, good, {"tokens": pl.col("num_tokens")})["tokens"]
+    attempted = sum(codes.values())
+    bands = {
+        **measure.banded_mean("caption_words_mean", texts["words"]),
+        **measure.banded_mean("caption_sentences_mean", texts["sentences"]),
+        **measure.banded_share("cap_hit_share", finish.get("length", 0), attempted),
+        **measure.banded_share("refusal_or_leak_share", sum(codes.get(code, 0) for code in _REFUSED), attempted),
+        **measure.banded_share("opener_share", int(openers.item() or 0), int(texts["words"]["num"])),
     }
+    return {
+        "attempted": attempted,
+        "succeeded": codes.get("ok", 0),
+        "failures": {code: number for code, number in codes.items() if code != "ok"},
+        "shards": len(units),
+        "bands": bands,
+        "flags": measure.counts(folder, flagged, pl.col("flags")),
+        "finish_reasons": finish,
+        "caption_words": texts["words"],
+        "caption_sentences": texts["sentences"],
+        "caption_tokens": tokens,
+    }
+
+
+def _count(pattern: str) -> pl.Expr:
+    import polars as pl
+
+    return pl.col("caption").str.count_matches(pattern)
 
 
 def _scores(folder: Path) -> dict[str, Any]:
     import polars as pl
 
     units = ledger.finished_units(folder)
-    table = pl.concat([joined.read_table(folder / f"{unit}.parquet") for unit in units])
-    columns = [name for name in table.columns if name not in ("key", "sha256")]
-    values = {name: [round(value, 6) for value in table[name].drop_nulls().to_list()] for name in columns}
-    return {"rows": len(table), "shards": len(units), "similarity": {name: spread(values[name]) for name in columns}}
+    names = [name for name in measure.columns_of(folder / f"{units[0]}.parquet") if name not in ("key", "sha256")]
+    table = measure.scan(folder, units, dict.fromkeys(names, pl.Float64))
+    similarity = measure.spreads(folder, table, {name: pl.col(name) for name in names})
+    return {"rows": measure.num_rows(folder, table), "shards": len(units), "similarity": similarity}
 
 
 def _shards(folder: Path) -> dict[str, Any]:
@@ -130,27 +172,11 @@ def _shards(folder: Path) -> dict[str, Any]:
         "failures": {"no_caption": index["dropped"]} if index["dropped"] else {},
         "splits": {name: split["num_samples"] for name, split in index["splits"].items()},
         "tars": {name: len(split["shards"]) for name, split in index["splits"].items()},
-        "fallbacks": {name: number for name, number in _sorted(mixed).items() if "_for_missing_" in name},
-        "txt": _sorted(txt),
+        "fallbacks": {name: number for name, number in measure.by_number(mixed).items() if "_for_missing_" in name},
+        "txt": measure.by_number(txt),
         "web_ratio": {
             "wanted": index["mix"]["web_ratio"],
             "realised": round(txt[joined.WEB] / num_samples, 6) if num_samples else None,
         },
         "sub_captions": {column: spread(numbers) for column, numbers in sorted(pieces.items())},
     }
-
-
-def _outcomes(codes: Counter[str]) -> dict[str, Any]:
-    attempted = codes.total()
-    failures = {code: number for code, number in _sorted(codes).items() if code != "ok"}
-    return {"attempted": attempted, "succeeded": codes["ok"], "failures": failures}
-
-
-def _sorted(counts: Counter[str]) -> dict[str, int]:
-    """Most frequent first, then by name."""
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _words(captions: pl.Series) -> list[float]:
-    """Number of words of each caption that has any."""
-    return [number for caption in captions.to_list() if (number := len((caption or "").split()))]

@@ -91,14 +91,14 @@ class TarWriter:
         self._write(bytes(-self._position % multiple))
 
 
-def read_members(path: Path, *, extensions: Iterable[str] = EXTENSIONS) -> Iterator[Member]:
+def read_members(path: Path, *, extensions: Iterable[str] | None = EXTENSIONS) -> Iterator[Member]:
     """The members of a tar in order, from its headers alone.
 
     Raises ``UserError`` with file and byte offset for a truncated or damaged tar and for members other than plain
-    files called ``<key>.<ext>`` with one of ``extensions``, each name once.
+    files called ``<key>.<ext>`` with one of ``extensions`` (``None`` for any), each name once.
     """
     with open_tar(path) as file:
-        yield from _members(file, path, frozenset(extensions))
+        yield from _members(file, path, None if extensions is None else frozenset(extensions))
 
 
 def read_samples(path: Path, *, extensions: Iterable[str] = EXTENSIONS) -> Iterator[Sample]:
@@ -140,7 +140,7 @@ def open_tar(path: Path) -> BinaryIO:
         raise UserError(f"Cannot read {path}: {error.strerror}. Restore the file or make its shard again.") from None
 
 
-def _members(file: BinaryIO, path: Path, extensions: frozenset[str]) -> Iterator[Member]:
+def _members(file: BinaryIO, path: Path, extensions: frozenset[str] | None) -> Iterator[Member]:
     file_bytes = os.fstat(file.fileno()).st_size
     names: set[str] = set()
     position = 0
@@ -187,7 +187,7 @@ def _parse_header(header: bytes, path: Path, position: int) -> tuple[bytes, byte
     return header[156:157], prefix + b"/" + name if prefix else name, size_bytes
 
 
-def _split_name(raw: bytes, path: Path, position: int, extensions: frozenset[str]) -> tuple[str, str]:
+def _split_name(raw: bytes, path: Path, position: int, extensions: frozenset[str] | None) -> tuple[str, str]:
     if b"\0" in raw:
         _refuse(path, position, f"member name {raw!r} holds a NUL character")
     try:
@@ -201,7 +201,7 @@ def _split_name(raw: bytes, path: Path, position: int, extensions: frozenset[str
         _refuse(path, position, f"member name {name!r} is not of the form KEY.EXTENSION")
     if "." in ext:
         _refuse(path, position, f"member name {name!r} has a key with a dot, which webdataset would cut there")
-    if ext not in extensions:
+    if extensions is not None and ext not in extensions:
         _refuse(path, position, f"member {name!r} has an unknown extension (known: {', '.join(sorted(extensions))})")
     return key, ext
 

@@ -69,7 +69,8 @@ def test_every_row_of_every_list_format_gets_its_code(base: str, tmp_path: Path,
     assert sum(report.counts.values()) == len(CODES)
     assert table["key"].to_list() == [f"{i:09d}" for i in range(len(CODES))]
     if suffix != "txt":
-        assert table["lot"].to_list() == [row["lot"] for row in rows_of(base)]
+        kind = str if suffix in ("csv", "tsv") else int  # text lists know no types, and none are guessed
+        assert table["lot"].to_list() == [kind(row["lot"]) for row in rows_of(base)]
         assert table["caption"].to_list()[0] == "scene 0"
 
 

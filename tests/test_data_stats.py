@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pairsmaker
+import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from clips_data import ledger, shard, stats, verify
+from cli.main import main
+from clips_data import languages, ledger, measure, pair_stats, schema, shard, stats, verify
 from clips_data.config import ShardConfig
 from clips_data.errors import UserError
 from clips_data.executor import Job
@@ -51,6 +56,289 @@ def test_every_stage_is_counted_with_its_denominator(work: Path) -> None:
 
 def test_an_empty_folder_has_no_stages(tmp_path: Path) -> None:
     assert stats.gather(tmp_path) == {}
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+Row = dict[str, Any]
+
+
+def write_table(folder: Path, shard_number: int, rows: list[Row]) -> str:
+    """Commits a shard of ``folder`` that has a table only; its columns are those that the rows have."""
+    unit = schema.shard_name(shard_number)
+    folder.mkdir(parents=True, exist_ok=True)
+    pl.DataFrame(rows, infer_schema_length=None).write_parquet(ledger.part(folder / f"{unit}.parquet"))
+    ledger.commit(folder, unit, [f"{unit}.parquet"], inputs={}, config={}, counts={})
+    return unit
+
+
+def pair(key: str, url: str | None, code: str = "ok", **about: Any) -> Row:
+    ok = code == "ok"
+    sizes: Row = {"width": 400, "height": 300, "bytes": 1000, "sha256": f"hash-{key}", "image_ext": "jpg"} if ok else {}
+    status = schema.STATUS_SUCCESS if ok else "failed_to_download"
+    row: Row = {"key": key, "url": url, "status": status, "code": code, "caption": f"a photo of thing {key}"}
+    return row | sizes | about
+
+
+def gathered(folder: Path, rows: list[Row], top: int = 20) -> Row:
+    return pair_stats.gather(folder, [write_table(folder, 0, rows)], top)
+
+
+def test_hosts_are_counted_by_attempts_with_their_main_failure(tmp_path: Path) -> None:
+    urls = ["http://big.test/1", "http://u:p@BIG.test:8080/2", "http://big.test/3", "https://big.test/4"]
+    rows = [
+        pair(f"{i}", url, code) for i, (url, code) in enumerate(zip(urls, ("ok", "dns", "dns", "tls"), strict=True))
+    ]
+    rows += [
+        pair("4", "http://small.test/a"),
+        pair("5", "http://small.test/b", host="named.test"),
+        pair("6", "nonsense"),
+    ]
+    found = gathered(tmp_path, rows, top=2)["by_host"]
+    assert found["hosts"] == 4
+    assert found["top"][0] == {
+        "host": "big.test", "attempted": 4, "succeeded": 1, "succeeded_percent": 25.0, "main_failure": "dns",
+        "main_failure_rows": 2,
+    }  # fmt: skip
+    assert [row["host"] for row in gathered(tmp_path, rows)["by_host"]["top"]] == [
+        "big.test", "(no host)", "named.test", "small.test",
+    ]  # fmt: skip
+
+
+def test_the_year_stands_in_the_path_and_nowhere_else(tmp_path: Path) -> None:
+    paths = {
+        "/2014/05/x.jpg": "2014", "/uploads/2009/x.jpg": "2009", "/a/2016-03-02/x.jpg": "2016",
+        "/1994/x.jpg": "unknown", "/9999/2011/x.jpg": "2011", "/2048/x.jpg": "unknown", "/x.jpg?at=/2014/": "unknown",
+        "/20140/x.jpg": "unknown", "/2014.jpg": "unknown", "/a2014/x.jpg": "unknown",
+    }  # fmt: skip
+    for number, (path, year) in enumerate(paths.items()):
+        folder = tmp_path / str(number)
+        found = gathered(folder, [pair("0", f"http://2001.test{path}", "dns")])["by_year"]
+        assert found == [{"year": year, "attempted": 1, "succeeded": 0, "succeeded_percent": 0.0}], path
+
+
+def test_a_later_try_stands_for_the_row_that_it_repeats(tmp_path: Path) -> None:
+    first = [pair("a", "http://x/1"), pair("b", "http://x/2", "dns"), pair("c", "http://x/3", "timeout")]
+    later = [pair("d", "http://x/2", "timeout", retry_of="b"), pair("e", "http://x/3", "dns", retry_of="c")]
+    last = [pair("f", "http://x/2", retry_of="b"), pair("g", "http://x/1", "duplicate", duplicate_of="a")]
+    units = [write_table(tmp_path, number, rows) for number, rows in enumerate((last, later, first))]
+    found = pair_stats.gather(tmp_path, units)
+    assert (found["rows"], found["attempted"], found["succeeded"], found["urls"]) == (7, 6, 2, 3)
+    assert found["failures"] == {"dns": 2, "timeout": 2} and found["not_asked"] == {"duplicate": 1}
+    assert found["after_retries"] == {"retried": 2, "attempted": 3, "succeeded": 2, "failures": {"dns": 1}}
+
+
+def test_sizes_formats_and_duplicates_have_their_denominators(tmp_path: Path) -> None:
+    rows = [
+        pair("0", "http://x/0", width=3000, height=1000, bytes=5_000_001, orientation=6, sha256="s", phash="p"),
+        pair("1", "http://x/0", width=500, height=1000, image_ext="png", orientation=1, sha256="s", phash="p"),
+        pair("2", "http://x/2", sha256="t", phash="p"),
+        pair("3", "http://x/3", sha256="u", phash=None, width=0, height=0),
+        pair("4", "http://x/4", "hash_mismatch"),
+    ]
+    found = gathered(tmp_path, rows)
+    assert found["megapixels"] == {"num": 4, "min": 0, "max": 3, "mean": 0.905, "median": 0.5, "p95": 3}
+    assert found["shorter_side_px"]["max"] == 1000 and found["bytes_per_image"]["max"] == 5_000_001
+    assert found["aspect_ratio"]["num"] == 3 and found["aspect_ratio"]["max"] == 3
+    assert found["formats"] == {"jpg": 3, "png": 1}
+    assert found["orientations"] == {"not_recorded": 2, "1": 1, "6": 1}
+    assert found["duplicates"] == {
+        "urls": 5, "duplicate_urls": 1, "images": 4, "duplicate_images": 1,
+        "images_with_phash": 3, "duplicate_images_by_phash": 2,
+    }  # fmt: skip
+    assert found["hash_mismatches"] == {"of": 5, "num": 1}
+
+
+def test_shards_of_different_lists_are_counted_together(tmp_path: Path) -> None:
+    """A table lacks columns, one has untyped nulls, one has numbers as captions, and a column of its own."""
+    write_table(tmp_path, 0, [{"key": "0", "status": "failed_to_download", "code": "dns", "url": "http://x/0"}])
+    write_table(tmp_path, 1, [pair("1", "http://x/1", "dns") | {"caption": None, "width": None, "host": None}])
+    write_table(tmp_path, 2, [pair("2", "http://x/2") | {"caption": 12, "similarity": 0.5}])
+    write_table(tmp_path, 3, [pair("3", "http://y/3") | {"similarity": "high"}])
+    found = pair_stats.gather(tmp_path, ledger.finished_units(tmp_path))
+    assert (found["attempted"], found["succeeded"], found["by_host"]["hosts"]) == (4, 2, 2)
+    assert found["web_caption_words"]["num"] == 2 and found["web_caption_words"]["min"] == 1
+
+
+def test_a_damaged_table_is_named(tmp_path: Path) -> None:
+    unit = write_table(tmp_path, 0, [pair("0", "http://x/0")])
+    (tmp_path / f"{unit}.parquet").write_bytes(b"no table")
+    with pytest.raises(UserError, match=r"Cannot read .*00000\.parquet"):
+        pair_stats.gather(tmp_path, [unit])
+    unit = write_table(tmp_path, 1, [pair(f"{i}", f"http://x/{i}") for i in range(2000)])
+    data = bytearray((tmp_path / f"{unit}.parquet").read_bytes())
+    data[4 : len(data) // 2] = b"\xa5" * (len(data) // 2 - 4)  # the footer stays whole
+    (tmp_path / f"{unit}.parquet").write_bytes(bytes(data))
+    with pytest.raises(UserError, match=r"Cannot read the tables in .*clips verify"):
+        pair_stats.gather(tmp_path, [unit])
+
+
+def test_failures_are_told_by_code_and_host_in_few_lines(tmp_path: Path) -> None:
+    codes = ["dns", "connect", "tls", "timeout", "http_4xx", "http_5xx", "opt_out"]
+    rows = [
+        pair(f"{code}-{host}-{number}", f"http://h{host}.test/", code)
+        for place, code in enumerate(codes)
+        for host in range(4)
+        for number in range((10 - place) * (4 - host))
+    ]
+    rows += [pair("fine", "http://h0.test/"), pair("again", "http://h0.test/", "duplicate")]
+    unit = write_table(tmp_path, 0, rows)
+    lines = pair_stats.failure_lines(tmp_path, [unit])
+    assert lines[0] == f"failures by code and host: {len(rows) - 2} of {len(rows) - 1} URLs"
+    assert lines[1] == "  100 dns (20.4 %)"
+    assert lines[2:4] == ["        40 of 197 at h0.test", "        30 of 147 at h1.test"]
+    assert lines[-1] == "  90 with other codes: http_5xx, opt_out"
+    assert len(lines) == 17
+    assert pair_stats.failure_lines(tmp_path, [write_table(tmp_path, 1, [pair("0", "http://x/")])]) == []
+    unit = write_table(tmp_path, 2, [pair("0", "http://x/", "dns", host="a\x1b[2J\n\u202eb")])
+    assert pair_stats.failure_lines(tmp_path, [unit])[-1] == "      1 of 1 at a�[2J��b"
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=200))
+def test_spreads_from_histograms_agree_with_sorted_values(values: list[int]) -> None:
+    table = pl.LazyFrame({"x": values})
+    found = measure.spreads(Path(), table, {"x": pl.col("x")})["x"]
+    right = stats.spread([float(value) for value in values])
+    assert {name: found[name] for name in ("num", "min", "max")} == {n: right[n] for n in ("num", "min", "max")}
+    assert found["mean"] == pytest.approx(right["mean"], abs=1e-3)
+    for name in ("median", "p95"):
+        assert found[name] == pytest.approx(right[name], rel=5.1e-3)
+
+
+def test_hashes_are_counted_the_same_in_one_pass_and_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pl.LazyFrame({"x": [f"v{number % 70}" for number in range(100)] + [None] * 5})
+    assert measure.num_different(Path(), table, "x") == (100, 70)
+    monkeypatch.setattr(measure, "ROWS_AT_ONCE", 7)
+    assert measure.num_different(Path(), table, "x") == (100, 70)
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("en", "Photo of a dog in the park"), ("de", "Haus mit Garten in der Nähe von Berlin"),
+        ("fr", "Maison avec jardin à vendre"), ("es", "Casa en venta con jardín"), ("pl", "Dom na sprzedaż z ogrodem"),
+        ("en", "STOCK PHOTO OF A BUSINESSMAN WITH A LAPTOP"), ("ru", "Красивый дом на берегу реки в Москве"),
+        ("uk", "Будинок на продаж із садом"), ("ar", "بيت للبيع مع حديقة"), ("fa", "خانه برای فروش با باغ"),
+        ("hi", "बगीचे के साथ बिक्री के लिए घर"), ("zh", "红色连衣裙 iPhone 图片"), ("ja", "赤いドレスの写真"),
+        ("ja", "東京駅の写真集"), ("ko", "빨간 드레스 사진"), ("th", "รูปภาพบ้านสวย"), ("el", "Σπίτι προς πώληση"),
+        ("he", "בית למכירה"), ("unclear", "IMG_2034"), ("unclear", "ᚠᚢᚦ"), ("no_letters", "12-34 !!"),
+        ("no_letters", ""),
+    ],
+)  # fmt: skip
+def test_languages_of_short_captions(code: str, text: str) -> None:
+    assert languages.language(text) == code
+
+
+def test_languages_are_of_the_same_sample_whatever_the_order_of_shards(tmp_path: Path) -> None:
+    for number in range(3):
+        rows = [
+            pair(
+                schema.sample_key(number, i), f"http://x/{i}", caption="红色" if i % 3 else "Photo of a dog in the park"
+            )
+            for i in range(900)
+        ]
+        write_table(tmp_path, number, rows)
+    units = ledger.finished_units(tmp_path)
+    found = pair_stats.gather(tmp_path, units)["languages"]
+    assert found["sampled"] == 3 * (pair_stats.LANGUAGE_CAPTIONS // 3)
+    assert sum(found["by_language"].values()) == found["sampled"]
+    assert found["by_language"]["zh"] / found["sampled"] == pytest.approx(2 / 3, abs=0.05)
+    assert pair_stats.gather(tmp_path, units[::-1])["languages"] == found
+
+
+# --- bands and other stages -------------------------------------------------------------------------------------------
+
+
+def test_web_captions_and_success_are_held_against_their_bands(tmp_path: Path) -> None:
+    words = "one two three four five six seven eight nine"
+    rows = [pair("0", "http://x/0", caption=words), pair("1", "http://x/1", "dns"), pair("2", "http://x/2", "dns")]
+    bands = gathered(tmp_path, rows)["bands"]
+    assert bands["web_caption_words_mean"] == {"value": 9, "low": 8, "high": 20, "mark": "inside", "of": 1}
+    assert bands["success_share"] == {"value": 0.333333, "low": 0.5, "high": None, "mark": "below", "of": 3}
+    assert "web_caption_words_mean" not in gathered(tmp_path / "none", [pair("0", "http://x/0", caption=" ")])["bands"]
+
+
+def test_captions_are_held_against_their_bands(tmp_path: Path) -> None:
+    def change(number: int, row: pairsmaker.Row) -> None:
+        row["caption"] = "The image shows a box. It cost 3.5 euros! Nobody bought it" if number < 4 else "A box。箱子。"
+        if number == 8:
+            pairsmaker.reject(row, "echo")
+        row["finish_reason"] = "length" if number in (5, 6) else "stop"
+
+    pairsmaker.write_pairs(tmp_path)
+    pairsmaker.write_captions(tmp_path, change=change)
+    found = stats.gather(tmp_path / "captions" / "synthetic")["captions"]["synthetic"]
+    assert found["caption_sentences"] == {"num": 9, "min": 2, "max": 3, "mean": 2.333333, "median": 2, "p95": 3}
+    bands = {name: (about["value"], about["mark"], about["of"]) for name, about in found["bands"].items()}
+    assert bands == {
+        "caption_words_mean": (round((3 * 12 + 6 * 2) / 9, 6), "below", 9),
+        "caption_sentences_mean": (2.333333, "below", 9),
+        "cap_hit_share": (0.2, "above", 10),
+        "refusal_or_leak_share": (0.1, "above", 10),
+        "opener_share": (round(3 / 9, 6), "above", 9),
+    }
+
+
+def test_a_stage_folder_gives_what_its_work_folder_gives(work: Path) -> None:
+    found = stats.gather(work)
+    assert stats.gather(work / "pairs") == {"download": found["download"]}
+    assert stats.gather(work / "captions" / "synthetic") == stats.gather(work / "captions")
+    assert stats.gather(work / "captions") == {"captions": found["captions"]}
+    assert stats.gather(work / "shards") == {"shards": found["shards"]}
+
+
+def test_scores_are_told_from_other_tables(tmp_path: Path) -> None:
+    folder = tmp_path / "scores" / "clip"
+    rows = [{"key": f"{i}", "sha256": "s", "web": i / 10, "synthetic": None if i else 0.25} for i in range(4)]
+    write_table(folder, 0, rows)
+    found = stats.gather(folder)
+    assert found == stats.gather(tmp_path)
+    similarity = found["scores"]["clip"]["similarity"]
+    assert similarity["web"] == {"num": 4, "min": 0, "max": 0.3, "mean": 0.15, "median": 0.2, "p95": 0.3}
+    assert similarity["synthetic"]["num"] == 1
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("x")
+    (tmp_path / "page.html").rename(ledger.part(tmp_path / "page.html"))
+    ledger.commit(tmp_path, "page", ["page.html"], inputs={}, config={}, counts={})
+    with pytest.raises(UserError, match="Point `clips stats` at a work folder"):
+        stats.gather(tmp_path)
+
+
+def test_the_command_prints_hosts_bands_and_no_terminal_escapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        pair("0", "http://fine.test/2014/a.jpg"),
+        pair("1", "http://fine.test/2014/b.jpg"),
+        pair("2", "http://bad\x1b[31m\u202e.test/a.jpg", "dns"),
+        pair("3", "http://other.test/a.jpg", "http\x1b]0;title\x07"),
+    ]
+    write_table(tmp_path, 0, rows)
+    assert main(["stats", str(tmp_path), "--top", "2"]) == 0
+    out = capsys.readouterr().out
+    assert not any(not character.isprintable() for character in out.replace("\n", ""))
+    lines = [line.split() for line in out.splitlines()]
+    assert ["succeeded", "2", "of", "4"] in lines
+    assert ["fine.test", "2", "2", "100.0"] in lines
+    assert ["bad�[31m�.test", "1", "0", "0.0", "dns", "1"] in lines
+    assert not any("other.test" in line for line in lines)
+    assert ["2014", "2", "2", "100.0"] in lines
+    assert "success_share           0.5 (of 4) - band at least 0.5, inside" in out
+    assert "web_caption_words_mean  5 (of 2) - band 8 to 20, below" in out
+    assert "aspect_ratio            mean 1.333, median 1.33, 95 % 1.33, 1.333 to 1.333 (of 2)" in out
+    assert main(["stats", str(tmp_path), "--json"]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text and json.loads(text)["download"]["by_year"][0]["year"] == "2014"
+
+
+def test_two_folders_at_once_are_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", "pairs", "--work", str(tmp_path)]) == 2
+    assert "Give one of them" in capsys.readouterr().err
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_undisturbed_folder_is_intact(work: Path) -> None:

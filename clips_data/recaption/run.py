@@ -9,14 +9,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from clips_data import draws, executor, ledger, schema
+from clips_data import draws, executor, joined, ledger, schema
 from clips_data.config import RecaptionConfig
 from clips_data.errors import TooFewSucceeded, UserError
 from clips_data.executor import Job, Report
 from clips_data.recaption import clean, prompts
 from clips_data.recaption.engines import Answer, EngineProcess, Request
+
+if TYPE_CHECKING:
+    import polars as pl
 
 NOT_IN_DIGEST = {
     "batch_rows",
@@ -51,21 +54,13 @@ def run(config: RecaptionConfig, job: Job) -> Report:
     }
     report = Report("recaption")
     work = _Column(config, prompt, model, pairs, out, digested)
-    totals: Counter[str] = Counter()
-    missing = []
-    for unit in units:
-        inputs = work.inputs(unit)
-        if ledger.is_done(out, unit, inputs=inputs, config=digested, overwrite=job.overwrite and not job.dry_run):
-            sidecar = ledger.read_sidecar(out, unit)
-            assert sidecar is not None
-            totals.update(sidecar.counts)
-            report.skipped += 1
-        else:
-            missing.append(unit)
+    inputs_of = {unit: work.inputs(unit) for unit in units}
+    standing = ledger.stand(out, inputs_of, digested, overwrite=job.overwrite, dry_run=job.dry_run)
+    report.skipped, totals = len(standing.finished), standing.counts
     if job.dry_run:
-        report.facts["shards_to_do"] = len(missing)
-    elif missing:
-        work.caption(missing, job, report, totals)
+        report.facts["shards_to_do"] = len(standing.missing)
+    elif standing.missing:
+        work.caption(standing.missing, job, report, totals)
     report.units = [out / f"{unit}.parquet" for unit in units if unit in set(ledger.finished_units(out))]
     report.add(dict(totals))
     report.seconds = time.monotonic() - started
@@ -197,7 +192,8 @@ class _Column:
         journal = ledger.Journal(self.out / f"{unit}.journal.jsonl", header, overwrite=overwrite)
         done = {row["key"] for row in journal.rows}
         progress.update(len(done))
-        todo = itertools.islice((row for row in self._rows(unit) if row["key"] not in done), limit)
+        table = self._table(unit)
+        todo = itertools.islice(self._rows(unit, table.filter([key not in done for key in table["key"]])), limit)
         new: list[dict[str, Any]] = []
         while batch := list(itertools.islice(todo, self.config.batch_rows)):
             rows = self._batch(batch, engine)
@@ -205,46 +201,24 @@ class _Column:
             new += rows
             progress.update(len(rows))
         with_captions = {row["key"]: row for row in journal.rows}
-        ordered = [with_captions.get(key) for key in self._keys(unit)]
+        ordered = [with_captions.get(key) for key in table["key"]]
         whole = None not in ordered
         if whole:
             self._commit(unit, ordered, engine, header["inputs"])
         journal.close(remove=whole)
         return _Done(new, Counter(row["code"] for row in (journal.rows if whole else new)), whole)
 
-    def _table(self, unit: str) -> Any:
-        import pyarrow.parquet as pq
+    def _table(self, unit: str) -> pl.DataFrame:
+        """The unit's successful pairs with the texts that the prompt takes in."""
+        folders = {f"{schema.CAPTIONS}/{c}": self.out.parent / c for c in self.prompt.columns if c != joined.WEB}
+        return joined.Inputs(self.pairs, (unit,), folders).table(unit)
 
-        table = pq.read_table(self.pairs / f"{unit}.parquet")
-        return table.filter([status == schema.STATUS_SUCCESS for status in table["status"].to_pylist()])
-
-    def _keys(self, unit: str) -> list[str]:
-        keys: list[str] = self._table(unit)["key"].to_pylist()
-        return keys
-
-    def _rows(self, unit: str) -> Iterator[dict[str, Any]]:
-        """Key, sha256, image bytes and input texts of each successful pair, in order, one image in memory at a time."""
-        import pyarrow.parquet as pq
-
-        from clips_data import tars
-
-        table = self._table(unit)
-        sha256 = dict(zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True))
-        texts: dict[str, dict[str, str]] = {}
-        for column in self.prompt.columns:
-            if column == "web":
-                texts[column] = dict(zip(table["key"].to_pylist(), table["caption"].to_pylist(), strict=True))
-            else:
-                other = pq.read_table(self.out.parent / column / f"{unit}.parquet", columns=["key", "caption"])
-                texts[column] = dict(zip(other["key"].to_pylist(), other["caption"].to_pylist(), strict=True))
-        for sample in tars.read_samples(self.pairs / f"{unit}.tar"):
-            assert sample.image_ext is not None
-            yield {
-                "key": sample.key,
-                "sha256": sha256[sample.key],
-                "image": sample.members[sample.image_ext],
-                "texts": {column: values[sample.key] or "" for column, values in texts.items()},
-            }
+    def _rows(self, unit: str, table: pl.DataFrame) -> Iterator[dict[str, Any]]:
+        """Key, sha256, image bytes and input texts of each row, in order, one image in memory at a time."""
+        images = joined.read_images(self.pairs, unit, table)
+        for row, image in zip(table.iter_rows(named=True), images, strict=True):
+            texts = {column: row[f"text.{column}"] for column in self.prompt.columns}
+            yield {"key": row["key"], "sha256": row["sha256"], "image": image, "texts": texts}
 
     def _batch(self, batch: list[dict[str, Any]], engine: EngineProcess) -> list[dict[str, Any]]:
         requests, flags, users = [], [], []

@@ -1,0 +1,162 @@
+"""Image checks in a child process: what crashes, hangs or eats memory there costs one row and not a shard.
+
+The child comes from the fork server, so it holds nothing of the worker: no connection, no lock, no signed URL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import struct
+import tempfile
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from typing import Any, Final
+
+from clips_data import images
+from clips_data.executor import die_with_parent
+
+MIN_CHILD_BYTES: Final = 4 << 30
+CHILD_BYTES_PER_PIXEL: Final = 32  # of the largest image allowed: a few copies of it in different modes
+GRACE_S: Final = 5.0
+CUT_SHORT: Final = b"premature end of data segment"
+
+
+class Decoder:
+    """``images.check`` in a child. Not for several threads at once; close it, or use it as a context manager."""
+
+    def __init__(self, settings: images.ImageSettings, deadline_s: float = 60.0) -> None:
+        self._settings, self._deadline_s = settings, deadline_s
+        self._child: Any = None
+        self._pipe: Connection | None = None
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, ``None`` before the first image and after a death."""
+        return self._child.pid if self._child is not None else None
+
+    def check(self, data: bytes) -> images.CheckedImage:
+        """As ``images.check``. A child that dies or takes longer than the deadline is ``decode_failed``.
+
+        Stricter in one thing: a JPEG whose data stop short of its end marker is refused.
+        """
+        pipe = self._ready()
+        try:
+            pipe.send_bytes(data)
+            if not pipe.poll(self._deadline_s):
+                raise TimeoutError(f"no answer within {self._deadline_s:g} s")
+            answer = pipe.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise images.ImageRefused("decode_failed", f"the decoder died: {self._bury(error)}") from None
+        (length,) = struct.unpack_from(">I", answer)
+        head = json.loads(answer[4 : 4 + length])
+        if "refused" in head:
+            raise images.ImageRefused(*head["refused"])
+        return images.CheckedImage(data=answer[4 + length :] if head.pop("made_again") else data, **head)
+
+    def close(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()  # the child ends when it finds nobody there
+            self._child.join(GRACE_S)
+            self._bury(None)
+
+    def _ready(self) -> Connection:
+        """The pipe to a living child: one that died while it waited is replaced, the next image is not its fault."""
+        if self._pipe is not None and not self._child.is_alive():
+            self._bury(None)
+        if self._pipe is None:
+            _share_fork_server()
+            context = multiprocessing.get_context("forkserver")
+            self._pipe, theirs = context.Pipe()
+            max_bytes = max(MIN_CHILD_BYTES, CHILD_BYTES_PER_PIXEL * self._settings.max_pixels)
+            self._child = context.Process(target=_serve, args=(theirs, self._settings, max_bytes), daemon=True)
+            self._child.start()
+            theirs.close()
+        return self._pipe
+
+    def _bury(self, error: Exception | None) -> str:
+        """Ends the child if it still runs. Returns how it ended."""
+        child, self._child = self._child, None
+        assert self._pipe is not None
+        self._pipe.close()
+        self._pipe = None
+        if not isinstance(error, TimeoutError):
+            child.join(GRACE_S)
+        if child.is_alive():
+            child.kill()
+            child.join()
+            return str(error)
+        code = child.exitcode
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _share_fork_server() -> None:
+    """Children of a fork server's child come from the same server.
+
+    The standard library means it to be so, and passes the server's address on, but then starts another one, which
+    would load OpenCV again for every worker.
+    """
+    if forkserver.get_inherited_fds() is not None:
+        forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
+
+
+def _serve(pipe: Connection, settings: images.ImageSettings, max_bytes: int) -> None:
+    """The child: one image in, one answer out, until the pipe closes."""
+    import resource
+
+    import cv2
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, max_bytes))
+    die_with_parent()
+    cv2.setNumThreads(1)
+    with contextlib.suppress(EOFError, BrokenPipeError), tempfile.TemporaryFile() as complaints:
+        os.dup2(complaints.fileno(), 2)  # the image libraries speak of damage only there
+        while True:
+            head, body = _answer(pipe.recv_bytes(), settings)
+            text = json.dumps(head).encode()
+            pipe.send_bytes(b"".join((struct.pack(">I", len(text)), text, body)))
+
+
+def _answer(data: bytes, settings: images.ImageSettings) -> tuple[dict[str, Any], bytes]:
+    """The image's fields, and its bytes where they are others than came in."""
+    try:
+        image = images.check(data, settings)
+        if CUT_SHORT in _complaints():
+            return _refused("decode_failed", f"the JPEG is damaged: {CUT_SHORT.decode()}")
+    except images.ImageRefused as refused:
+        return _refused(refused.code, refused.detail)
+    except MemoryError:
+        return _refused("decode_failed", "the decoder died: decoding takes more memory than it may have")
+    except Exception as error:  # a row of its own tells more than a shard that stops
+        return _refused("decode_failed", f"the decoder died: {type(error).__name__}: {error}"[:200])
+    about = {name: value for name, value in vars(image).items() if name != "data"}
+    made_again = image.data is not data
+    return {**about, "made_again": made_again}, image.data if made_again else b""
+
+
+def _refused(code: str, detail: str) -> tuple[dict[str, Any], bytes]:
+    _complaints()
+    return {"refused": (code, detail)}, b""
+
+
+def _complaints() -> bytes:
+    """What was written to standard error since the last call."""
+    length = os.lseek(2, 0, os.SEEK_CUR)
+    if not length:
+        return b""
+    os.lseek(2, 0, os.SEEK_SET)
+    said = os.read(2, length)
+    os.lseek(2, 0, os.SEEK_SET)
+    os.ftruncate(2, 0)
+    return said
