@@ -7,15 +7,18 @@ Nothing of a list is copied there but row numbers; the list itself, which may ho
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from clips_data import ledger, schema
+from clips_data import ledger, parts, schema
 from clips_data.errors import ResumeRefused, UsageError, did_you_mean
+from clips_data.parts import PartWriter
 from clips_data.redact import redact
 from clips_data.sources import UrlList
 
@@ -25,8 +28,6 @@ if TYPE_CHECKING:
 FOLDER: Final = "_batches"
 RETRYABLE: Final = tuple(code for code in schema.DOWNLOAD_CODES if code not in ("ok", "duplicate", "forgotten"))
 FINGERPRINT_ROWS: Final = 1000
-PART_ROWS: Final = 100_000
-"""img2dataset's Reader takes a whole file of a list into memory, so files that we write are no longer than this."""
 
 
 @dataclass(frozen=True)
@@ -112,53 +113,44 @@ def read_all(pairs: Path) -> list[Batch]:
     return batches
 
 
-def take(url_list: UrlList, rows: pl.DataFrame, folder: Path) -> UrlList:
+def take(url_list: UrlList, rows: pl.DataFrame, folder: Path, shard_rows: int) -> UrlList:
     """A list of the chosen rows only, with their ``retry_of``, written as parquet into ``folder``; streams."""
     import numpy as np
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     wanted = rows["row"].to_numpy()
-    retry_of = rows["retry_of"].to_arrow()
-    folder.mkdir(parents=True)
-    first, writer, written = 0, None, 0
+    retry_of = rows["retry_of"].to_arrow().cast(pa.string())
+    folder.mkdir()
+    writer, first = PartWriter(folder, parts.rows_of_a_part(shard_rows), "the chosen rows"), 0
     for batch in _read_batches(url_list):
         low, high = np.searchsorted(wanted, (first, first + batch.num_rows))
+        chosen = pa.Table.from_batches([batch]).take(pa.array(wanted[low:high] - first))
+        writer.add(chosen.append_column("retry_of", retry_of.slice(low, high - low)))
         first += batch.num_rows
-        chosen = pa.Table.from_batches([batch]).take(pa.array(wanted[low:high] - (first - batch.num_rows)))
-        chosen = chosen.append_column("retry_of", retry_of.slice(low, high - low).cast(pa.string()))
-        while chosen.num_rows:
-            if writer is None or written == PART_ROWS:
-                if writer is not None:
-                    writer.close()
-                number = len(list(folder.iterdir()))
-                writer, written = pq.ParquetWriter(folder / f"{number:05d}.parquet", chosen.schema), 0
-            piece = chosen.slice(0, PART_ROWS - written)
-            writer.write_table(piece)
-            written += piece.num_rows
-            chosen = chosen.slice(piece.num_rows)
-    if writer is not None:
-        writer.close()
-    return dataclasses.replace(
-        url_list, path=folder, format="parquet", extra_columns=(*url_list.extra_columns, "retry_of")
-    )
+    writer.close()
+    columns = (*url_list.extra_columns, "retry_of")
+    return dataclasses.replace(url_list, path=folder, format="parquet", extra_columns=columns)
+
+
+def shard_rows_of(url_list: UrlList, batch: Batch) -> dict[int, int]:
+    """Rows of each shard of the batch; the list's files are cut one by one."""
+    sizes: list[int] = []
+    for num_rows in file_rows(url_list):
+        whole, rest = divmod(num_rows, batch.shard_rows)
+        sizes += [batch.shard_rows] * whole + ([rest] if rest else [])
+    return dict(zip(batch.shards, sizes, strict=True))
 
 
 def first_of_url(url_list: UrlList, batch: Batch) -> dict[str, str]:
     """Key of each row whose URL an earlier row has → key of that first row. Takes 16 bytes of memory a row."""
     import polars as pl
 
-    keys: list[tuple[int, int]] = []  # (first row of a file, its first shard)
-    row, shard = 0, batch.first_shard
-    for num_rows in file_rows(url_list):
-        keys.append((row, shard))
-        row, shard = row + num_rows, shard + -(-num_rows // batch.shard_rows)
+    sizes = shard_rows_of(url_list, batch)
+    starts = [0, *itertools.accumulate(sizes.values())]
 
     def key(row: int) -> str:
-        first_row, first_shard = next(place for place in reversed(keys) if place[0] <= row)
-        return schema.sample_key(
-            first_shard + (row - first_row) // batch.shard_rows, (row - first_row) % batch.shard_rows
-        )
+        place = bisect.bisect_right(starts, row) - 1
+        return schema.sample_key(batch.first_shard + place, row - starts[place])
 
     urls = _scan(url_list).select(pl.col(url_list.url_column).hash().alias("url")).with_row_index("row")
     firsts = pl.col("row").min().over("url").alias("first")
@@ -210,7 +202,7 @@ def _planned(
     known: Sequence[Batch],
     units: Sequence[str],
 ) -> Batch:
-    lengths = file_rows(url_list) if rows is None else _part_rows(len(rows))
+    lengths = file_rows(url_list) if rows is None else _part_lengths(len(rows), shard_rows)
     return Batch(
         number=len(known),
         kind=kind,
@@ -224,9 +216,10 @@ def _planned(
     )
 
 
-def _part_rows(num_rows: int) -> list[int]:
-    """Lengths of the files that ``take`` writes."""
-    return [PART_ROWS] * (num_rows // PART_ROWS) + ([num_rows % PART_ROWS] if num_rows % PART_ROWS else [])
+def _part_lengths(num_rows: int, shard_rows: int) -> list[int]:
+    """Rows of each file that ``take`` writes."""
+    whole, rest = divmod(num_rows, parts.rows_of_a_part(shard_rows))
+    return [parts.rows_of_a_part(shard_rows)] * whole + ([rest] if rest else [])
 
 
 def _save(pairs: Path, batch: Batch, rows: pl.DataFrame | None) -> None:

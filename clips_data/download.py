@@ -67,7 +67,7 @@ def run(config: DownloadConfig, job: Job) -> Report:
             retry=job.retry, append=job.append, overwrite=job.overwrite, dry_run=job.dry_run,
         )  # fmt: skip
         if rows is not None:
-            url_list = batches.take(url_list, rows, scratch / "chosen")
+            url_list = batches.take(url_list, rows, scratch / "chosen", batch.shard_rows)
         tasks, standing = _tasks(config, job, pairs, url_list, batch, scratch)
         report.skipped, totals = len(standing.finished), standing.counts
         if job.dry_run:
@@ -81,8 +81,9 @@ def run(config: DownloadConfig, job: Job) -> Report:
     report.units = [pairs / f"{unit}.tar" for unit in units]
     report.add(dict(totals))
     if units and not job.dry_run:
-        _take_carried(url_list, pairs, job, report)
-        _look_back(config, pairs, units, report)
+        with ledger.locked(pairs, "look-back"):  # the jobs of an array end when they like
+            _take_carried(url_list, pairs, job, report)
+            _look_back(config, pairs, units, report)
     report.notes += url_list.notes
     report.seconds = time.monotonic() - started
     _check_success(config, totals)
@@ -151,27 +152,26 @@ def _tasks(
     config: DownloadConfig, job: Job, pairs: Path, url_list: sources.UrlList, batch: batches.Batch, scratch: Path
 ) -> tuple[list[ShardTask], ledger.Standing]:
     """The shards still to do, each with the rows that the limit leaves it and those that it must not ask for."""
-    chosen = set(executor.slice_of([schema.shard_name(number) for number in batch.shards], job.slice))
-    numbers = [number for number in batch.shards if schema.shard_name(number) in chosen]
-    left = job.limit if job.limit is not None else sys.maxsize
-    cut = functools.partial(
-        sources.cut, url_list, batch.shard_rows, first_shard=batch.first_shard, wanted=frozenset(numbers)
-    )
-    (shards,) = executor.map_units(cut, [scratch], num_processes=1, preload=PRELOAD) if numbers else ([],)
-    allowed = {}
-    for shard in shards:
+    allowed, left = {}, job.limit if job.limit is not None else sys.maxsize
+    sizes = batches.shard_rows_of(url_list, batch)
+    for unit in executor.slice_of([schema.shard_name(number) for number in batch.shards], job.slice):
         if left > 0:
-            allowed[schema.shard_name(shard.number)] = shard, min(left, shard.num_rows)
-        left -= shard.num_rows
-    inputs_of = {unit: {"list": shard.digest} for unit, (shard, _) in allowed.items()}
+            allowed[int(unit)] = min(left, sizes[int(unit)])
+        left -= sizes[int(unit)]
+    cut = functools.partial(
+        sources.cut, url_list, batch.shard_rows, first_shard=batch.first_shard, wanted=frozenset(allowed)
+    )
+    (cut_shards,) = executor.map_units(cut, [scratch], num_processes=1, preload=PRELOAD) if allowed else ([],)
+    shards = {schema.shard_name(shard.number): shard for shard in cut_shards}
+    inputs_of = {unit: {"list": shard.digest} for unit, shard in shards.items()}
     standing = ledger.stand(pairs, inputs_of, _digested(config), overwrite=job.overwrite, dry_run=job.dry_run)
     duplicates = batches.first_of_url(url_list, batch) if config.dedup == "url" and standing.missing else {}
     skipped: dict[int, dict[int, dict[str, str]]] = {}
     for key, first in duplicates.items():
         shard_number, row = divmod(int(key), 10**schema.KEY_DIGITS_IN_SHARD)
         skipped.setdefault(shard_number, {})[row] = {"code": "duplicate", "duplicate_of": first}
-    missing = [allowed[unit] for unit in standing.missing]
-    return [ShardTask(shard, num_rows, skipped.get(shard.number, {})) for shard, num_rows in missing], standing
+    missing = [shards[unit] for unit in standing.missing]
+    return [ShardTask(shard, allowed[shard.number], skipped.get(shard.number, {})) for shard in missing], standing
 
 
 def _digested(config: DownloadConfig) -> dict[str, Any]:

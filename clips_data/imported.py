@@ -11,12 +11,11 @@ import contextlib
 import re
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from clips_data import joined, ledger, schema
+from clips_data import caption_table, joined, ledger, schema
 from clips_data.errors import UserError
 from clips_data.executor import Report
 from clips_data.recaption import clean
@@ -191,10 +190,7 @@ def _commit(
     inputs: Mapping[str, str],
     config: Mapping[str, Any],
 ) -> None:
-    """Writes one shard of the column as ``recaption`` does. How many tokens a caption has, nobody said."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """Writes one shard of the column. How many tokens a caption has, nobody said."""
     not_there = set(unknown)
     rows = []
     for number, (key, sha256, text) in enumerate(zip(images["key"], images["sha256"], texts, strict=True)):
@@ -205,20 +201,11 @@ def _commit(
             "status": "success" if code == "ok" else "failed", "code": code, "finish_reason": None, "num_tokens": None,
             "flags": [NOT_IN_TABLE] if number in not_there else [], "raw": text, "seed": None, "engine": ENGINE,
         })  # fmt: skip
-    text_columns = ("key", "sha256", "caption", "status", "code")
-    kinds = {
-        **dict.fromkeys(text_columns, pa.string()), "finish_reason": pa.string(), "num_tokens": pa.int32(),
-        "flags": pa.list_(pa.string()), "raw": pa.string(), "seed": pa.int64(), "engine": pa.string(),
-    }  # fmt: skip
     metadata = schema.caption_metadata(
         model=config["model"], model_revision=None, engine=ENGINE, engine_version=None, prompt=None, prompt_digest=None,
         sampling={}, seed=None,
     )  # fmt: skip
-    table = pa.Table.from_pylist(rows, schema=pa.schema(kinds, metadata=metadata))
-    with ledger.readable_disk_errors(out):
-        pq.write_table(table, ledger.part(out / f"{unit}.parquet"))
-        counts = Counter(row["code"] for row in rows)
-        ledger.commit(out, unit, [f"{unit}.parquet"], inputs=inputs, config=config, counts=counts)
+    caption_table.commit(out, unit, rows, metadata=metadata, inputs=inputs, config=config)
 
 
 def _num_unknown(out: Path, units: Sequence[str]) -> int:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from clips_data.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+PART_ROWS: Final = 100_000
+"""img2dataset's Reader takes a whole file of a list into memory, so parts are about this long."""
+
+
+def rows_of_a_part(shard_rows: int) -> int:
+    """A whole number of shards, so that only a list's last shard is short."""
+    return max(shard_rows, PART_ROWS // shard_rows * shard_rows)
 
 
 class PartWriter:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import re
 import struct
 import warnings
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 ORIENTATION_TAG: Final = 0x0112
 WHITE: Final = (255, 255, 255)
+_AVIF_HEADER_BYTES: Final = 1 << 16
 
 
 class ImageRefused(Exception):
@@ -37,6 +39,7 @@ def open_header(data: bytes, max_pixels: int) -> Pillow.Image:
     format = _format_of(data)
     if format is None:
         raise ImageRefused("not_an_image", f"{len(data)} bytes that begin with {data[:8]!r}")
+    _refuse_large(_claimed_size_px(data, format), max_pixels)
     pillows_cap, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours comes right after
     try:
         with warnings.catch_warnings():
@@ -45,8 +48,6 @@ def open_header(data: bytes, max_pixels: int) -> Pillow.Image:
     except MemoryError:
         raise
     except Exception as error:  # whatever a parser raises at a stranger's bytes says that they do not decode
-        if format == "AVIF":
-            _refuse_large(_avif_size_px(data), max_pixels)
         raise _undecodable(error) from None
     finally:
         Image.MAX_IMAGE_PIXELS = pillows_cap
@@ -69,10 +70,13 @@ def _format_of(data: bytes) -> str | None:
     return None
 
 
-def _avif_size_px(data: bytes) -> tuple[int, int]:
-    """The largest size that the header claims; libavif only says that it cannot parse those beyond its own cap."""
-    sizes = (struct.unpack(">II", claim) for claim in re.findall(rb"ispe\0{4}(.{8})", data[: 1 << 16], re.DOTALL))
-    return max(sizes, key=lambda size: size[0] * size[1], default=(1, 1))
+def _claimed_size_px(data: bytes, format: str) -> tuple[int, int]:
+    """The size in headers that the libraries act on, or fail at, before Pillow tells it; (1, 1) for all others."""
+    if format == "WEBP" and data[12:16] == b"VP8X" and len(data) >= 30:
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    claims = re.findall(rb"ispe\0{4}(.{8})", data[:_AVIF_HEADER_BYTES], re.DOTALL) if format == "AVIF" else []
+    sizes = (struct.unpack(">II", claim) for claim in claims)
+    return max(sizes, key=math.prod, default=(1, 1))
 
 
 def _refuse_large(size_px: tuple[int, int], max_pixels: int) -> None:

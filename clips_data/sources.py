@@ -18,15 +18,13 @@ from clips_data.adapters import Adapter
 from clips_data.config import DownloadConfig
 from clips_data.errors import UserError, did_you_mean
 from clips_data.files import Budget, Part
-from clips_data.parts import PartWriter
+from clips_data.parts import PartWriter, rows_of_a_part
 from clips_data.redact import redact
 from clips_data.tables import Dialect
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PART_ROWS: Final = 100_000
-"""img2dataset's Reader takes a whole file of a list into memory, so parts are about this long."""
 RESERVED: Final = frozenset(("url", "caption", *schema.PAIR_COLUMNS))
 CARRIED_PREFIX: Final = "list_"
 
@@ -98,7 +96,7 @@ def locate(config: DownloadConfig, scratch: Path) -> UrlList:
     if not names:
         raise UserError(f"{parts[0].label} is empty. A URL list has a column with URLs.")
     roles = _roles(config, parts[0], names, chosen)
-    part_rows = max(config.shard_rows, PART_ROWS // config.shard_rows * config.shard_rows)
+    part_rows = rows_of_a_part(config.shard_rows)
     if path := _in_place(parts, roles, part_rows, budget):
         return _url_list(roles, names, path, roles.url, roles.caption)
     folder = scratch / "parts"

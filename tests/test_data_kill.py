@@ -20,8 +20,8 @@ import pytest
 from clips_data import ledger, tars
 from clips_data.demo import web
 
-NUM_URLS, SHARD_ROWS, NUM_KILLS, NUM_FOLDERS = 240, 12, 20, 4
-WAIT_S = 0.1
+NUM_URLS, SHARD_ROWS, NUM_KILLS, NUM_FOLDERS = 168, 12, 20, 4
+WAIT_S = 0.08
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from clips_data import download, executor, sources, tables
+from clips_data import download, executor, parts, sources, tables
 from clips_data.config import DownloadConfig
 from clips_data.errors import UserError
 from clips_data.sources import ListShard, UrlList
@@ -379,7 +379,7 @@ def test_parts_whose_columns_differ_are_brought_together(tmp_path: Path) -> None
 
 def test_columns_that_come_late_are_in_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "ROWS_AT_ONCE", 2)
-    monkeypatch.setattr(sources, "PART_ROWS", 4)
+    monkeypatch.setattr(parts, "PART_ROWS", 4)
     rows: list[dict[str, Any]] = [{"url": f"u{n}", "caption": None} for n in range(11)]
     rows[9] |= {"late": 5, "caption": "c"}
     found = locate(tmp_path, write(tmp_path / "a.jsonl", as_jsonl(rows)), shard_rows=2)

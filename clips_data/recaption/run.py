@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips_data import draws, executor, joined, ledger, schema
+from clips_data import caption_table, draws, executor, joined, ledger, schema
 from clips_data.config import RecaptionConfig
 from clips_data.errors import TooFewSucceeded, UserError
 from clips_data.executor import Job, Report
@@ -240,18 +240,6 @@ class _Column:
         ]
 
     def _commit(self, unit: str, rows: list[Any], engine: EngineProcess, inputs: dict[str, str]) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        kinds = {
-            "key": pa.string(),
-            "sha256": pa.string(),
-            "caption": pa.string(),
-            "status": pa.string(),
-            "code": pa.string(),
-        }
-        kinds |= {"finish_reason": pa.string(), "num_tokens": pa.int32(), "flags": pa.list_(pa.string())}
-        kinds |= {"raw": pa.string(), "seed": pa.int64(), "engine": pa.string()}
         metadata = schema.caption_metadata(
             model=self.config.model,
             model_revision=self.digested["model_digest"],
@@ -263,11 +251,7 @@ class _Column:
             seed=self.config.seed,
         )
         engined = [{**row, "engine": self.config.engine} for row in rows]
-        table = pa.Table.from_pylist(engined, schema=pa.schema(kinds, metadata=metadata))
-        with ledger.readable_disk_errors(self.out):
-            pq.write_table(table, ledger.part(self.out / f"{unit}.parquet"))
-            counts = Counter(row["code"] for row in rows)
-            ledger.commit(self.out, unit, [f"{unit}.parquet"], inputs=inputs, config=self.digested, counts=counts)
+        caption_table.commit(self.out, unit, engined, metadata=metadata, inputs=inputs, config=self.digested)
 
 
 class _Done:
