@@ -30,8 +30,7 @@ def build(name: str, summary: str) -> click.Command:
         name,
         callback=adopt,
         parameters=_parameters,
-        example="clips adopt laion/shards --work laion\n"
-        "  clips adopt recap.parquet --captions re_caption --as recap --by url --work laion",
+        example="clips adopt laion/shards --work laion",
         help=f"{summary}\n\n{ABOUT}",
     )
 

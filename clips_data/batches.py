@@ -11,6 +11,7 @@ import bisect
 import dataclasses
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,9 +90,8 @@ def choose(
             kind, rows = "append", _new_rows(pairs, units, url_list)
         elif (known or units) and not overwrite:
             raise ResumeRefused(
-                f"{pairs} holds the pairs of another list: input list is not the one that these shards were made from. "
-                "Use --append to add this list's new URLs as further shards, --out with a new folder to keep both "
-                "apart, or --overwrite to replace what is there."
+                f"{pairs} holds the pairs of another list. Use --append to add this list's new URLs as further shards, "
+                "--out with a new folder to keep both apart, or --overwrite to replace what is there."
             )
         else:
             kind, rows, known, units = "list", None, [], []
@@ -130,6 +130,12 @@ def take(url_list: UrlList, rows: pl.DataFrame, folder: Path, shard_rows: int) -
     writer.close()
     columns = (*url_list.extra_columns, "retry_of")
     return dataclasses.replace(url_list, path=folder, format="parquet", extra_columns=columns)
+
+
+def latest_codes(pairs: Path) -> Counter[str]:
+    """Rows of all lists by the code of their latest try."""
+    tries = _tried(pairs, ledger.finished_units(pairs)).collect()
+    return Counter(_latest(tries)["code"].to_list())
 
 
 def shard_rows_of(url_list: UrlList, batch: Batch) -> dict[int, int]:
@@ -274,12 +280,19 @@ def _failed_rows(pairs: Path, units: Sequence[str], url_list: UrlList, codes: Se
 
     nth = pl.int_range(pl.len()).over("url").alias("nth")
     tries = _tried(pairs, units).collect().with_columns(root=pl.coalesce("retry_of", "key"))
-    latest = tries.group_by("root").agg(pl.col("code").sort_by("key").last())
+    latest = _latest(tries)
     roots = tries.filter(pl.col("retry_of").is_null()).sort("key").with_columns(nth)
     failed = roots.select("root", "url", "nth").join(latest.filter(pl.col("code").is_in(codes)), on="root")
     listed = _listed(url_list).join(failed.select("url").unique().lazy(), on="url", how="semi").collect().sort("row")
     chosen = listed.with_columns(nth).join(failed, on=["url", "nth"]).sort("row")
     return chosen.select("row", pl.col("root").alias("retry_of"))
+
+
+def _latest(tries: pl.DataFrame) -> pl.DataFrame:
+    """``root`` (the first try's key) and the ``code`` of the last try of each row."""
+    import polars as pl
+
+    return tries.group_by(pl.coalesce("retry_of", "key").alias("root")).agg(pl.col("code").sort_by("key").last())
 
 
 def _tried(pairs: Path, units: Sequence[str]) -> pl.LazyFrame:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from clips_data import (
+    addresses,
     batches,
     downloader,
     duplicates,
@@ -60,6 +61,8 @@ def run(config: DownloadConfig, job: Job) -> Report:
     pairs = job.out or job.work / schema.PAIRS
     report = Report("download")
     num_workers = _num_workers(config, job)
+    addresses.networks(config.allow_network)  # what is no address is said before anything is begun
+    addresses.servers(config.dns_servers)
     with ledger.readable_disk_errors(pairs), _scratch(pairs, job) as scratch:
         url_list = sources.locate(config, scratch)
         batch, rows = batches.choose(
@@ -80,13 +83,18 @@ def run(config: DownloadConfig, job: Job) -> Report:
     units = [unit for unit in map(schema.shard_name, batch.shards) if unit in finished]
     report.units = [pairs / f"{unit}.tar" for unit in units]
     report.add(dict(totals))
+    if not batch.num_shards:
+        what = f"failed with {', '.join(job.retry)}" if job.retry else "was never tried here"
+        report.notes.append(f"nothing to do: no URL of this list {what}")
     if units and not job.dry_run:
         with ledger.locked(pairs, "look-back"):  # the jobs of an array end when they like
             _take_carried(url_list, pairs, job, report)
             _look_back(config, pairs, units, report)
     report.notes += url_list.notes
     report.seconds = time.monotonic() - started
-    _check_success(config, totals)
+    if batch.kind == "retry":  # what counts is what has become of the list by now
+        totals = batches.latest_codes(pairs)
+    _check_success(config, totals, report)
     return report
 
 
@@ -244,7 +252,7 @@ def policy(config: DownloadConfig, pairs: Path, num_processes: int) -> Iterator[
         )
 
 
-def _check_success(config: DownloadConfig, totals: Counter[str]) -> None:
+def _check_success(config: DownloadConfig, totals: Counter[str], report: Report) -> None:
     """Rows that were not to be asked for are no failures."""
     attempted = sum(totals.values()) - totals["duplicate"] - totals["forgotten"]
     if attempted and totals["ok"] < config.min_success * attempted:
@@ -252,5 +260,6 @@ def _check_success(config: DownloadConfig, totals: Counter[str]) -> None:
         raise TooFewSucceeded(
             f"{totals['ok']} of {attempted} URLs succeeded, less than --min-success {config.min_success:g}. "
             f"Failures: {failures}. The shards are finished; --retry CODES tries again what may succeed later, "
-            "`clips stats` shows which hosts failed."
+            "`clips stats` shows which hosts failed.",
+            report,
         )

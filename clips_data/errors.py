@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class ClipsError(Exception):
@@ -34,9 +35,16 @@ class UsageError(ClipsError):
 
 
 class TooFewSucceeded(ClipsError):
-    """A stage finished, but the share of samples that succeeded is below ``min_success``."""
+    """A stage finished, but the share of samples that succeeded is below ``min_success``.
+
+    ``report`` is the stage's ``executor.Report``, to be shown all the same: what was made is finished.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class ResumeRefused(ClipsError):

@@ -264,7 +264,7 @@ def test_run_answers_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "words", [["plan", "trial.yaml"], ["status", "trial.yaml"], ["run", "trial.yaml", "--dry-run"]]
+    "words", [["plan", "trial.yaml", "--sample", "0"], ["status", "trial.yaml"], ["run", "trial.yaml", "--dry-run"]]
 )
 def test_plan_and_status_do_nothing(folder: Path, words: list[str]) -> None:
     assert main(words) == 0
@@ -273,11 +273,11 @@ def test_plan_and_status_do_nothing(folder: Path, words: list[str]) -> None:
 
 
 def test_plan_says_why(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", "trial.yaml"])
+    main(["plan", "trial.yaml", "--sample", "0"])
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["run"] * 3
     main(["run", "trial.yaml"])
     capsys.readouterr()
-    main(["plan", "trial.yaml", "--set", "recaption.seed=3", "--json"])
+    main(["plan", "trial.yaml", "--set", "recaption.seed=3", "--json", "--sample", "0"])
     download, recaption, shard = json.loads(capsys.readouterr().out)["stages"]
     assert (download["what"], download["why"]) == ("skip", "nothing has changed")
     assert (recaption["what"], recaption["why"]) == ("run", "changed: seed was 0, is 3")

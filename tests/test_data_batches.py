@@ -15,7 +15,7 @@ import pytest
 from clips_data import batches, download, ledger, tars
 from clips_data.config import DownloadConfig
 from clips_data.demo import web
-from clips_data.errors import ResumeRefused, UsageError, UserError
+from clips_data.errors import ResumeRefused, TooFewSucceeded, UsageError, UserError
 from clips_data.executor import Job
 
 SECRET = "s3cr3tSignature0123456789abcdefXYZ"
@@ -277,3 +277,34 @@ def test_many_images_behind_one_slow_row_wait_on_disk_and_come_out_in_order(tmp_
     firsts = [sample.members["jpg"][0] for sample in tars.read_samples(tmp_path / "00000.tar")]
     assert firsts == list(range(40))
     assert not (tmp_path / "00000.waiting.part").exists()
+
+
+def test_after_a_retry_success_is_judged_by_what_the_list_has_come_to(pages: Web, tmp_path: Path) -> None:
+    pages.broken = {0: 500, 1: 404}
+    source = write_list(tmp_path / "list.parquet", [pages.url(number) for number in range(4)])
+    run(source, tmp_path, min_success=0.5)
+    report = run(source, tmp_path, job={"retry": ("http_5xx", "http_4xx")}, min_success=0.5)
+    assert report.counts == {"http_5xx": 1, "http_4xx": 1}
+    pages.broken = {1: 404}
+    run(source, tmp_path, job={"retry": ("http_5xx",)}, min_success=0.75)
+    with pytest.raises(TooFewSucceeded, match="3 of 4 URLs succeeded"):
+        run(source, tmp_path, job={"retry": ("http_4xx",)}, min_success=0.9)
+
+
+def test_too_few_successes_come_with_the_report_of_what_was_made(pages: Web, tmp_path: Path) -> None:
+    pages.broken = dict.fromkeys(range(4), 404)
+    source = write_list(tmp_path / "list.parquet", [pages.url(number) for number in range(4)])
+    with pytest.raises(TooFewSucceeded) as refused:
+        run(source, tmp_path, min_success=0.5)
+    assert [path.name for path in refused.value.report.units] == ["00000.tar"]
+    assert any("127.0.0.1" in note for note in refused.value.report.notes)
+
+
+def test_an_append_or_retry_without_anything_to_do_says_so(pages: Web, tmp_path: Path) -> None:
+    source = write_list(tmp_path / "a.parquet", [pages.url(0), pages.url(1)])
+    run(source, tmp_path)
+    assert run(source, tmp_path, job={"retry": ("dns",)}).notes == [
+        "nothing to do: no URL of this list failed with dns"
+    ]
+    fewer = write_list(tmp_path / "b.parquet", [pages.url(1)])
+    assert "was never tried" in run(fewer, tmp_path, job={"append": True}).notes[0]

@@ -123,7 +123,7 @@ def test_a_changed_list_is_refused_and_the_old_shards_stay(base: str, tmp_path: 
     before = ledger.digest_file(tmp_path / "pairs" / "00000.tar")
     rows[0]["caption"] = "another"
     write_list(source, rows)
-    with pytest.raises(ResumeRefused, match="input list"):
+    with pytest.raises(ResumeRefused, match="another list"):
         download.run(config(source), Job(work=tmp_path, quiet=True))
     assert ledger.digest_file(tmp_path / "pairs" / "00000.tar") == before
 

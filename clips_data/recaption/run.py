@@ -64,7 +64,7 @@ def run(config: RecaptionConfig, job: Job) -> Report:
     report.units = [out / f"{unit}.parquet" for unit in units if unit in set(ledger.finished_units(out))]
     report.add(dict(totals))
     report.seconds = time.monotonic() - started
-    _check_success(config, totals)
+    _check_success(config, totals, report)
     return report
 
 
@@ -96,13 +96,14 @@ def _model_digest(model: str) -> str:
     return ledger.digest_json(about)
 
 
-def _check_success(config: RecaptionConfig, totals: Counter[str]) -> None:
+def _check_success(config: RecaptionConfig, totals: Counter[str], report: Report) -> None:
     rows = sum(totals.values())
     if rows and totals["ok"] < config.min_success * rows:
         others = ", ".join(f"{code} {number}" for code, number in totals.most_common() if code != "ok")
         raise TooFewSucceeded(
             f"{totals['ok']} of {rows} rows got a caption, less than --min-success {config.min_success:g}. "
-            f"The others: {others}. The column is finished; look at the code and raw columns of its parquet files."
+            f"The others: {others}. The column is finished; look at the code and raw columns of its parquet files.",
+            report,
         )
 
 
