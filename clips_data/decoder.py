@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import struct
 import tempfile
 from multiprocessing import forkserver
@@ -53,10 +54,14 @@ class Decoder:
         try:
             pipe.send_bytes(data)
             if not pipe.poll(self._deadline_s):
-                raise TimeoutError(f"no answer within {self._deadline_s:g} s")
+                raise BlockingIOError
             answer = pipe.recv_bytes()
-        except (EOFError, OSError) as error:
-            raise images.ImageRefused("decode_failed", f"the decoder died: {self._bury(error)}") from None
+        except BlockingIOError:
+            self._bury(kill=True)
+            detail = f"the decoder died: no answer within {self._deadline_s:g} s"
+            raise images.ImageRefused("decode_failed", detail) from None
+        except (EOFError, OSError):
+            raise images.ImageRefused("decode_failed", f"the decoder died: {self._bury()}") from None
         (length,) = struct.unpack_from(">I", answer)
         head = json.loads(answer[4 : 4 + length])
         if "refused" in head:
@@ -65,38 +70,44 @@ class Decoder:
 
     def close(self) -> None:
         if self._pipe is not None:
-            self._pipe.close()  # the child ends when it finds nobody there
-            self._child.join(GRACE_S)
-            self._bury(None)
+            self._bury()
 
     def _ready(self) -> Connection:
         """The pipe to a living child: one that died while it waited is replaced, the next image is not its fault."""
-        if self._pipe is not None and not self._child.is_alive():
-            self._bury(None)
+        if self._pipe is not None and self._pipe.poll():  # a living child says nothing unasked
+            self._bury()
         if self._pipe is None:
             _share_fork_server()
             context = multiprocessing.get_context("forkserver")
             self._pipe, theirs = context.Pipe()
+            _set_deadline(self._pipe, self._deadline_s)
             max_bytes = max(MIN_CHILD_BYTES, CHILD_BYTES_PER_PIXEL * self._settings.max_pixels)
             self._child = context.Process(target=_serve, args=(theirs, self._settings, max_bytes), daemon=True)
             self._child.start()
             theirs.close()
         return self._pipe
 
-    def _bury(self, error: Exception | None) -> str:
-        """Ends the child if it still runs. Returns how it ended."""
+    def _bury(self, *, kill: bool = False) -> str:
+        """Says how the child ended, after it has: closing the pipe is its sign to go."""
         child, self._child = self._child, None
         assert self._pipe is not None
         self._pipe.close()
         self._pipe = None
-        if not isinstance(error, TimeoutError):
+        if not kill:
             child.join(GRACE_S)
         if child.is_alive():
             child.kill()
             child.join()
-            return str(error)
         code = child.exitcode
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _set_deadline(pipe: Connection, deadline_s: float) -> None:
+    """Makes reading and writing a half-done message a ``BlockingIOError`` where the other side has stopped."""
+    timeval = struct.pack("ll", int(deadline_s), int(deadline_s % 1 * 1e6))
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
 
 def _share_fork_server() -> None:

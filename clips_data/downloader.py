@@ -69,10 +69,10 @@ def download_shard(task: ShardTask, settings: Settings) -> dict[str, int]:
 
     downloader_class = engine.downloader()
     started = time.time()
-    with Decoder(settings.images) as decoder, sources.talk_to_log(settings.pairs):
+    with sources.talk_to_log(settings.pairs):
         downloader = downloader_class(
             sample_writer_class=make_writer,
-            resizer=_Resizer(decoder, rows.hashes),
+            resizer=_Resizer(_decoder(settings.images), rows.hashes),
             thread_count=settings.threads,
             save_caption=True,
             extract_exif=False,
@@ -92,6 +92,12 @@ def download_shard(task: ShardTask, settings: Settings) -> dict[str, int]:
     (writer,) = writers
     _write_stats(settings, task.shard.number, writer, started, downloader_class)
     return dict(writer.counts)
+
+
+@functools.lru_cache(1)
+def _decoder(settings: images.ImageSettings) -> Decoder:
+    """A worker keeps its decoder from shard to shard; the child ends with it."""
+    return Decoder(settings)
 
 
 @dataclass(frozen=True)

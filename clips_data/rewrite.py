@@ -1,0 +1,226 @@
+"""Takes samples out of finished units, the one thing that changes them; only ``clips forget`` calls this.
+
+Every function here writes what remains to ``*.part`` files and commits them under the same names, with the same config
+and inputs. What remains depends on the keys alone, so that doing it twice, or again after a kill, ends in the same
+bytes. Other samples' bytes are copied as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+from clips_data import ledger, schema, tars
+from clips_data.errors import UserError
+from clips_data.shard import INDEX_FILE, mix
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORGOTTEN: Final = "forgotten"
+KEPT_COLUMNS: Final = ("key", "status", "code", "retry_of")
+"""What is left of a forgotten row. Without ``retry_of``, ``--retry`` would take an earlier try for the latest."""
+_COPY_BYTES: Final = 1 << 20
+_RECORD_BYTES: Final = 20 * tars.BLOCK_BYTES
+
+
+def pairs_unit(pairs: Path, unit: str, gone: Collection[str]) -> Path | None:
+    """Empties the rows with these keys and removes their images.
+
+    A tar that is a link to somebody's own is replaced by a copy without them; theirs is not touched, and returned.
+    """
+    import pyarrow.parquet as pq
+
+    table = read_parquet(pairs / f"{unit}.parquet")
+    rows = table.to_pylist()
+    forgotten = [row["key"] in gone or row["code"] == FORGOTTEN for row in rows]
+    kept = {row.get("source_key") or row["key"] for row, away in zip(rows, forgotten, strict=True) if not away}
+    tar, changed, original = pairs / f"{unit}.tar", [], None
+    if any(member.key not in kept for member in tars.read_members(tar, extensions=None)):
+        original = tar.resolve() if tar.is_symlink() else None
+        copy_tar(tar, kept.__contains__)
+        changed.append(tar.name)
+    pq.write_table(_emptied(table, forgotten), _fresh_part(pairs / f"{unit}.parquet"))
+    codes = Counter(FORGOTTEN if away else row["code"] for row, away in zip(rows, forgotten, strict=True))
+    recommit(pairs, unit, [*changed, f"{unit}.parquet"], codes)
+    return original
+
+
+def _emptied(table: pa.Table, forgotten: Sequence[bool]) -> pa.Table:
+    import pyarrow as pa
+
+    kept_rows = pa.array([None if away else row for row, away in enumerate(forgotten)], pa.int64())
+    said = {"status": "failed_to_download", "code": FORGOTTEN}
+    for place, about in enumerate(table.schema):
+        if about.name in said:
+            values = table[about.name].to_pylist()
+            texts = [said[about.name] if away else text for text, away in zip(values, forgotten, strict=True)]
+            table = table.set_column(place, about, pa.array(texts, about.type))
+        elif about.name not in KEPT_COLUMNS:
+            table = table.set_column(place, about.with_nullable(True), table[about.name].take(kept_rows))
+    return table
+
+
+def table_unit(
+    folder: Path, unit: str, gone: Collection[str], count: Callable[[pa.Table], Mapping[str, int]]
+) -> None:
+    """Removes the rows with these keys from a table of captions or scores."""
+    import pyarrow.parquet as pq
+
+    table = read_parquet(folder / f"{unit}.parquet")
+    table = table.filter([key not in gone for key in table["key"].to_pylist()])
+    pq.write_table(table, _fresh_part(folder / f"{unit}.parquet"))
+    recommit(folder, unit, [f"{unit}.parquet"], count(table))
+
+
+def count_captions(table: pa.Table) -> Mapping[str, int]:
+    return Counter(table["code"].to_pylist())
+
+
+def count_scores(table: pa.Table) -> Mapping[str, int]:
+    rows = table.drop_columns(["key", "sha256"]).to_pylist()
+    missing = sum(None in row.values() for row in rows)
+    return {name: number for name, number in (("ok", len(rows) - missing), ("caption_missing", missing)) if number}
+
+
+def shard_unit(shards: Path, unit: str, gone: Collection[str]) -> None:
+    """Removes the samples with these keys from a training tar, and from its offset index."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tar, index = shards / f"{unit}.tar", shards / f"{unit}.index.parquet"
+    copy_tar(tar, lambda key: key not in gone)
+    table = read_parquet(index)
+    table = table.filter([key not in gone for key in table["key"].to_pylist()])
+    members = {(member.key, member.ext): member for member in tars.read_members(ledger.part(tar), extensions=None)}
+    for kind in ("image", "txt", "json"):
+        exts = table["image_ext"].to_pylist() if kind == "image" else [kind] * table.num_rows
+        places = [members[key, ext].offset for key, ext in zip(table["key"].to_pylist(), exts, strict=True)]
+        name = f"{kind}_offset"
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(places, pa.int64()))
+    pq.write_table(table, _fresh_part(index))
+    recommit(shards, unit, [tar.name, index.name], _outcomes(shards, unit, table))
+
+
+def _outcomes(shards: Path, unit: str, table: pa.Table) -> Mapping[str, int]:
+    """How the mix chose each text that remains, counted as ``clips shard`` counted it."""
+    from clips_data.config import ShardConfig
+
+    config = ShardConfig(**_sidecar(shards, unit).config)
+    counts: Counter[str] = Counter()
+    tar = ledger.part(shards / f"{unit}.tar")
+    with tars.open_tar(tar) as file:
+        for row in table.to_pylist():
+            about = json.loads(tars.read_at(file, tar, row["json_offset"], row["json_bytes"]))
+            counts[mix(config, row["key"], {column: about[column] for column in config.columns})[1]] += 1
+    return counts
+
+
+def index_of_shards(shards: Path) -> str:
+    """Brings ``index.json`` in line with the tars that it names, and returns the new digest."""
+    path = shards / INDEX_FILE
+    index: dict[str, Any] = json.loads(path.read_text())
+    digests, counts = [], Counter[str]()
+    for split in (index["splits"][name] for name in ("train", "heldout")):
+        for shard in split["shards"]:
+            sidecar = _sidecar(shards, shard["file"].removesuffix(".tar"))
+            shard |= {"num_samples": sum(sidecar.counts.values()), **sidecar.files[shard["file"]]}
+            digests.append(shard["sha256"])
+            counts.update(sidecar.counts)
+        split["num_samples"] = sum(shard["num_samples"] for shard in split["shards"])
+    index["mix"]["counts"] = dict(counts)
+    index["digest"] = ledger.digest_json(digests)
+    ledger.write_json(path, index)
+    return str(index["digest"])
+
+
+def journal(path: Path, gone: Collection[str], renamed: Mapping[str, str | None]) -> None:
+    """Removes rows of a caption journal, and brings its first line in line with the inputs as they are now."""
+    lines = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    if not lines:
+        return
+    lines[0]["inputs"] = _renamed(lines[0]["inputs"], renamed)
+    kept = [lines[0], *(row for row in lines[1:] if row["key"] not in gone)]
+    ledger.write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
+
+
+def copy_tar(tar: Path, keep: Callable[[str], bool]) -> None:
+    """Writes the part file of a tar: the members whose key ``keep`` lets through, headers and data byte for byte."""
+    with tars.open_tar(tar) as old, _fresh_part(tar).open("wb") as new:
+        start = 0
+        for member in tars.read_members(tar, extensions=None):
+            end = member.offset + member.size_bytes
+            end += -end % tars.BLOCK_BYTES
+            if keep(member.key):
+                _copy(old, new, start, end)
+            start = end  # an extended header belongs to the member that follows it
+        new.write(bytes(2 * tars.BLOCK_BYTES))
+        new.write(bytes(-new.tell() % _RECORD_BYTES))
+
+
+def _copy(old: BinaryIO, new: BinaryIO, start: int, end: int) -> None:
+    old.seek(start)
+    while start < end:
+        data = old.read(min(_COPY_BYTES, end - start))
+        new.write(data)
+        start += len(data)
+
+
+def recommit(folder: Path, unit: str, changed: Sequence[str], counts: Mapping[str, int]) -> None:
+    """Makes the part files of ``changed`` appear and promises them in the unit's sidecar; its other files stay."""
+    sidecar = _sidecar(folder, unit)
+    files = dict(sidecar.files)
+    for name in changed:
+        path = ledger.part(folder / name)
+        ledger.fsync_file(path)
+        files[name] = {"bytes": path.stat().st_size, "sha256": ledger.digest_file(path)}
+    for name in changed:
+        ledger.part(folder / name).replace(folder / name)
+        ledger.fsync_folder(folder)  # in this order also after a power cut: a table may tell what its tar held
+    _write_sidecar(folder, sidecar, files=files, counts=dict(counts))
+
+
+def rename_inputs(folder: Path, unit: str, renamed: Mapping[str, str | None]) -> None:
+    """Replaces digests that the unit was made from by those that the same inputs have now; ``None`` drops one."""
+    sidecar = _sidecar(folder, unit)
+    if (inputs := _renamed(sidecar.inputs, renamed)) != sidecar.inputs:
+        _write_sidecar(folder, sidecar, inputs=inputs)
+
+
+def _renamed(inputs: Mapping[str, str], renamed: Mapping[str, str | None]) -> dict[str, str]:
+    now = {name: renamed.get(digest, digest) for name, digest in inputs.items()}
+    return {name: digest for name, digest in now.items() if digest is not None}
+
+
+def _sidecar(folder: Path, unit: str) -> ledger.Sidecar:
+    """A kill may have left files that are newer than it."""
+    sidecar = ledger.read_sidecar(folder, unit, check_files=False)
+    assert sidecar is not None, folder / unit
+    return sidecar
+
+
+def _write_sidecar(folder: Path, sidecar: ledger.Sidecar, **changes: Any) -> None:
+    content = {"schema_version": schema.SCHEMA_VERSION, **sidecar.__dict__, **changes}
+    ledger.write_json(ledger.sidecar_path(folder, sidecar.unit), content)
+
+
+def _fresh_part(path: Path) -> Path:
+    """A part file that is there may be a link, through which writing would reach somebody's own file."""
+    part = ledger.part(path)
+    part.unlink(missing_ok=True)
+    return part
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """One file as it is; ``pyarrow.parquet.read_table`` would take folder names like ``a=1`` for columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.read()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"Cannot read {path}: {str(error).splitlines()[0]}. Restore it; nothing of it is lost.") from None
