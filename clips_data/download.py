@@ -35,6 +35,8 @@ from clips_data.config import DownloadConfig
 from clips_data.downloader import ShardTask
 from clips_data.errors import TooFewSucceeded, UsageError
 from clips_data.executor import Job, Report
+from clips_data.forget import refuse_unfinished
+from clips_data.forgotten import forgotten
 
 PRELOAD: Final = (
     "clips_data.engine",
@@ -63,6 +65,7 @@ def run(config: DownloadConfig, job: Job) -> Report:
     num_workers = _num_workers(config, job)
     addresses.networks(config.allow_network)  # what is no address is said before anything is begun
     addresses.servers(config.dns_servers)
+    refuse_unfinished(pairs)
     with ledger.readable_disk_errors(pairs), _scratch(pairs, job) as scratch:
         url_list = sources.locate(config, scratch)
         batch, rows = batches.choose(
@@ -207,6 +210,7 @@ def _download(
             images=images.ImageSettings.of(config),
             threads=config.threads,
             digested=_digested(config),
+            forgotten=forgotten(pairs),
             parent_pid=os.getpid(),
         )
         work = functools.partial(downloader.download_shard, settings=settings)

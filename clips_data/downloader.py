@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from clips_data import fetch, images, ledger, schema, sources
 from clips_data.decoder import Decoder
+from clips_data.forgotten import Forgotten
 from clips_data.pair_writer import PairWriter, StoredImage
 
 _HASHES: Final = {32: "md5", 40: "sha1", 64: "sha256"}
@@ -49,6 +50,7 @@ class Settings:
     images: images.ImageSettings
     threads: int
     digested: Mapping[str, Any]
+    forgotten: Forgotten
     parent_pid: int
 
 
@@ -59,7 +61,10 @@ def download_shard(task: ShardTask, settings: Settings) -> dict[str, int]:
     from clips_data import engine
 
     rows = _take_rows(task, settings)
-    opener: Any = _Opener(settings.policy, rows.urls, task.skipped)
+    unwanted = {
+        number: {"code": "forgotten"} for number, url in enumerate(rows.urls) if settings.forgotten.matches(url)
+    }
+    opener: Any = _Opener(settings.policy, rows.urls, {**task.skipped, **unwanted})
     urllib.request.install_opener(opener)
     writers: list[PairWriter] = []
 
@@ -72,7 +77,7 @@ def download_shard(task: ShardTask, settings: Settings) -> dict[str, int]:
     with sources.talk_to_log(settings.pairs):
         downloader = downloader_class(
             sample_writer_class=make_writer,
-            resizer=_Resizer(_decoder(settings.images), rows.hashes),
+            resizer=_Resizer(_decoder(settings.images), rows.hashes, settings.forgotten),
             thread_count=settings.threads,
             save_caption=True,
             extract_exif=False,
@@ -155,6 +160,7 @@ class _Resizer:
 
     decoder: Decoder
     hashes: list[str | None] | None
+    forgotten: Forgotten
 
     def __call__(self, stream: io.BytesIO, blurring_bbox_list: object = None) -> tuple[Any, ...]:
         about, body = _unpacked(stream.getvalue())
@@ -162,6 +168,8 @@ class _Resizer:
         if about["code"] != "ok":
             return _failure(about)
         about["raw_sha256"] = hashlib.sha256(body).hexdigest()
+        if self.forgotten.matches(None, about["raw_sha256"]):
+            return _failure(about | {"code": "forgotten"})
         if self.hashes is not None and not _has_hash(body, self.hashes[number]):
             return _failure(about | {"code": "hash_mismatch", "detail": f"the list says {self.hashes[number]}"})
         try:

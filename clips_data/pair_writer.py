@@ -114,14 +114,17 @@ class PairWriter:
         else:
             evidence = evidence_of(meta["error_message"])
             status = "failed_to_resize" if "raw_sha256" in evidence else "failed_to_download"
-        row = dict.fromkeys(schema.PAIR_COLUMNS)
+        key = schema.sample_key(int(self.unit), turn)
+        row = dict.fromkeys((*self.list_columns, *schema.PAIR_COLUMNS))
+        if evidence["code"] == "forgotten":  # nothing of what was forgotten comes back
+            return row | {"key": key, "status": status, "code": "forgotten"}
         row |= {name: meta[name] for name in self.list_columns}
         row |= {name: meta[name] for name in _FROM_IMG2DATASET}
         row |= {name: evidence.get(name) or None for name in _EVIDENCE}
         return row | {
             "url": redact(url),
             "host": host_of(url),
-            "key": schema.sample_key(int(self.unit), turn),
+            "key": key,
             "status": status,
             "code": evidence["code"],
             "error_message": evidence["detail"] or None,

@@ -27,10 +27,10 @@ _COPY_BYTES: Final = 1 << 20
 _RECORD_BYTES: Final = 20 * tars.BLOCK_BYTES
 
 
-def pairs_unit(pairs: Path, unit: str, gone: Collection[str]) -> Path | None:
+def pairs_unit(pairs: Path, unit: str, gone: Collection[str]) -> None:
     """Empties the rows with these keys and removes their images.
 
-    A tar that is a link to somebody's own is replaced by a copy without them; theirs is not touched, and returned.
+    A tar that is a link to somebody's own is replaced by a copy without them; theirs is not touched.
     """
     import pyarrow.parquet as pq
 
@@ -38,15 +38,13 @@ def pairs_unit(pairs: Path, unit: str, gone: Collection[str]) -> Path | None:
     rows = table.to_pylist()
     forgotten = [row["key"] in gone or row["code"] == FORGOTTEN for row in rows]
     kept = {row.get("source_key") or row["key"] for row, away in zip(rows, forgotten, strict=True) if not away}
-    tar, changed, original = pairs / f"{unit}.tar", [], None
+    tar, changed = pairs / f"{unit}.tar", []
     if any(member.key not in kept for member in tars.read_members(tar, extensions=None)):
-        original = tar.resolve() if tar.is_symlink() else None
         copy_tar(tar, kept.__contains__)
         changed.append(tar.name)
     pq.write_table(_emptied(table, forgotten), _fresh_part(pairs / f"{unit}.parquet"))
     codes = Counter(FORGOTTEN if away else row["code"] for row, away in zip(rows, forgotten, strict=True))
     recommit(pairs, unit, [*changed, f"{unit}.parquet"], codes)
-    return original
 
 
 def _emptied(table: pa.Table, forgotten: Sequence[bool]) -> pa.Table:
@@ -64,9 +62,7 @@ def _emptied(table: pa.Table, forgotten: Sequence[bool]) -> pa.Table:
     return table
 
 
-def table_unit(
-    folder: Path, unit: str, gone: Collection[str], count: Callable[[pa.Table], Mapping[str, int]]
-) -> None:
+def table_unit(folder: Path, unit: str, gone: Collection[str], count: Callable[[pa.Table], Mapping[str, int]]) -> None:
     """Removes the rows with these keys from a table of captions or scores."""
     import pyarrow.parquet as pq
 
@@ -137,14 +133,17 @@ def index_of_shards(shards: Path) -> str:
     return str(index["digest"])
 
 
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The lines of a caption journal, the header first; without a last one that a kill tore."""
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
 def journal(path: Path, gone: Collection[str], renamed: Mapping[str, str | None]) -> None:
-    """Removes rows of a caption journal, and brings its first line in line with the inputs as they are now."""
-    lines = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    if not lines:
-        return
-    lines[0]["inputs"] = _renamed(lines[0]["inputs"], renamed)
-    kept = [lines[0], *(row for row in lines[1:] if row["key"] not in gone)]
-    ledger.write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
+    """Removes rows of a caption journal, and brings its header in line with the inputs as they are now."""
+    if lines := read_journal(path):
+        header = {**lines[0], "inputs": _renamed(lines[0]["inputs"], renamed)}
+        kept = [header, *(row for row in lines[1:] if row["key"] not in gone)]
+        ledger.write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
 
 
 def copy_tar(tar: Path, keep: Callable[[str], bool]) -> None:
@@ -214,13 +213,19 @@ def _fresh_part(path: Path) -> Path:
     return part
 
 
-def read_parquet(path: Path) -> pa.Table:
-    """One file as it is; ``pyarrow.parquet.read_table`` would take folder names like ``a=1`` for columns."""
+def read_parquet(path: Path, columns: Collection[str] | None = None) -> pa.Table:
+    """One file, or those of ``columns`` that it has.
+
+    As it is: ``pyarrow.parquet.read_table`` would take folder names like ``a=1`` for columns.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            return file.read()
+            names = file.schema_arrow.names
+            return file.read([name for name in names if columns is None or name in columns])
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"Cannot read {path}: {str(error).splitlines()[0]}. Restore it; nothing of it is lost.") from None
+        raise UserError(
+            f"Cannot read {path}: {str(error).splitlines()[0]}. Restore it; nothing of it is lost."
+        ) from None

@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from clips_data import batches, download, ledger, tars
+from clips_data import batches, download, forgotten, ledger, tars
 from clips_data.config import DownloadConfig
 from clips_data.demo import web
 from clips_data.errors import ResumeRefused, TooFewSucceeded, UsageError, UserError
@@ -308,3 +308,20 @@ def test_an_append_or_retry_without_anything_to_do_says_so(pages: Web, tmp_path:
     ]
     fewer = write_list(tmp_path / "b.parquet", [pages.url(1)])
     assert "was never tried" in run(fewer, tmp_path, job={"append": True}).notes[0]
+
+
+def test_forgotten_hosts_urls_and_images_are_not_brought_back(pages: Web, tmp_path: Path) -> None:
+    port = pages.server.server_address[1]
+    (tmp_path / "pairs").mkdir()
+    asked = forgotten.asked_for(
+        hosts=["localhost"], urls=[pages.url(1)], images=[ledger.digest_bytes(web.jpeg(5, 2))]
+    )  # fmt: skip
+    forgotten.remember(tmp_path / "pairs", asked)
+    urls = [pages.url(number) for number in range(4)] + [f"http://localhost:{port}/9.jpg"]
+    run(write_list(tmp_path / "a.parquet", urls), tmp_path, shard_rows=5)
+    table = rows(tmp_path)
+    assert table["code"].to_list() == ["ok", "forgotten", "forgotten", "ok", "forgotten"]
+    assert not pages.hits[1]
+    assert not pages.hits[9]
+    gone = table.filter(pl.col("code") == "forgotten").drop("key", "status", "code")
+    assert all(value is None for row in gone.iter_rows() for value in row)
