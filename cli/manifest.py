@@ -30,8 +30,18 @@ class Manifest:
 
     def resolved(self) -> dict[str, Any]:
         """The manifest with every default written out, as it is saved beside the outputs."""
-        stages = {name: config.model_dump(mode="json") for name, config in self.stages.items()}
+        stages = {name: self.saved(name) for name in self.stages}
         return {"name": self.name, "work": str(self.work), "stages": stages}
+
+    def saved(self, stage: str) -> dict[str, Any]:
+        """The stage's config as it may be written down: addresses in it without their secrets."""
+        from clips_data.redact import redact
+
+        values = self.stages[stage].model_dump(mode="json")
+        return {
+            name: redact(value) if isinstance(value, str) and "://" in value else value
+            for name, value in values.items()
+        }
 
     def run_of(self, stage: str) -> str:
         """The training run that ``stage`` works on: its own ``name``, else that of ``train``, else the manifest's."""

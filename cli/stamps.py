@@ -70,7 +70,7 @@ def standing(manifest: Manifest, work: Path, stage: str) -> Standing:
     now = replace(now, counts=last.counts, seconds=made["seconds"])
     changes = [
         *_changes("input", last.inputs, inputs_of(manifest, work, stage)),
-        *_changes("config", last.config, manifest.stages[stage].model_dump(mode="json")),
+        *_changes("config", last.config, manifest.saved(stage)),
     ]
     if changes:
         return replace(now, state="changed", why="; ".join(changes))
@@ -95,7 +95,7 @@ def stamp(manifest: Manifest, work: Path, stage: str, report: Report) -> None:
             unit,
             [f"{unit}.json"],
             inputs=inputs_of(manifest, work, stage),
-            config=manifest.stages[stage].model_dump(mode="json"),
+            config=manifest.saved(stage),
             counts=report.counts,
         )
 

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from clips_data import duplicates, forget_traces, joined, ledger, rewrite, schema, tars
+from clips_data import duplicates, forget_traces, ledger, rewrite, schema
 from clips_data.errors import UserError
+from clips_data.forget_plan import (
+    Plan,
+    digests_of,
+    draw_plan,
+    inputs_of_shards,
+    journals,
+    match,
+    shard_folders,
+    tables,
+)  # fmt: skip
 from clips_data.forget_traces import SeenBy
-from clips_data.forgotten import Forgotten, forgotten, remember, url_digest
-from clips_data.shard import INDEX_FILE
+from clips_data.forgotten import Forgotten, forgotten, remember
 
 PLAN: Final = "forgetting.json"
-_IDENTITY: Final = frozenset(
-    ("key", "status", "code", "url", "final_url", "host", "sha256", "raw_sha256", "retry_of", "duplicate_of")
-)
 
 
 @dataclass
@@ -54,26 +60,6 @@ class Outcome:
         self.notes += other.notes
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All that has to be known to begin, or to complete, one removal. Folders are relative to the work folder."""
-
-    keys: list[str]
-    touched: dict[str, list[str]]
-    """Folder → its units that hold some of the keys."""
-    digests: dict[str, dict[str, str]]
-    """Folder of pairs, captions or scores → unit → digest, before anything was changed."""
-    unit_sets: list[list[str]]
-    """Sets of pairs units that training shards may have been made from, and for each …"""
-    inputs: list[dict[str, str]]
-    """… the digests that such shards know their inputs by."""
-    shards: dict[str, str]
-    """Folder of finished training shards → the digest of its index."""
-    removed: dict[str, tuple[int, int]]
-    seen_by: list[SeenBy]
-    originals: list[str]
-
-
 def forget(work: Path, wanted: Forgotten, *, dry_run: bool = False) -> Outcome:
     """Removes all samples of ``wanted`` from every stage under ``work``, and completes what a killed run began.
 
@@ -93,8 +79,8 @@ def forget(work: Path, wanted: Forgotten, *, dry_run: bool = False) -> Outcome:
         if (pairs / PLAN).exists():
             outcome.add(_carry_out(work, _read_plan(pairs)))
             outcome.notes.append("This includes what an earlier run, stopped half-way, had begun.")
-        matching = _match(pairs, wanted)
-        plan = _plan(work, matching)
+        matching = match(pairs, wanted)
+        plan = draw_plan(work, matching)
         if not dry_run:
             remember(pairs, wanted | Forgotten(urls=frozenset(matching.urls)))
         if plan.keys and not dry_run:
@@ -122,168 +108,6 @@ def _no_download(pairs: Path) -> Iterator[None]:
         yield
 
 
-# --- which rows -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Matching:
-    """The keys of the rows to empty, and the digests of those of their URLs that ``wanted`` does not name itself."""
-
-    keys: set[str] = field(default_factory=set)
-    urls: set[str] = field(default_factory=set)
-    num_rows: int = 0
-    num_images: int = 0
-    num_images_gone: int = 0
-
-
-def _match(pairs: Path, wanted: Forgotten) -> _Matching:
-    found, roots = _Matching(), set()
-    for row in _identities(pairs):
-        found.num_rows += 1
-        found.num_images += row["status"] == schema.STATUS_SUCCESS
-        if row["code"] != rewrite.FORGOTTEN and _is_wanted(row, wanted):
-            _take(row, wanted, found)
-            roots.add(row["retry_of"] or row["key"])
-    # Other tries of a URL, and other rows with it, have no hash of the image that came of it.
-    for row in _identities(pairs) if wanted.images and roots else ():
-        related = row["retry_of"] in roots or row["key"] in roots or row["duplicate_of"] in roots
-        if related and row["code"] != rewrite.FORGOTTEN and row["key"] not in found.keys:
-            _take(row, wanted, found)
-    return found
-
-
-def _identities(pairs: Path) -> Iterator[dict[str, Any]]:
-    for unit in ledger.finished_units(pairs):
-        for row in rewrite.read_parquet(pairs / f"{unit}.parquet", _IDENTITY).to_pylist():
-            yield {**dict.fromkeys(_IDENTITY), **row}
-
-
-def _is_wanted(row: Mapping[str, Any], wanted: Forgotten) -> bool:
-    """By the URL of the list or the one that redirects ended at, by the stored or the downloaded bytes."""
-    if row["host"] and wanted.has_host(row["host"]):
-        return True
-    return wanted.matches(row["url"], row["sha256"]) or wanted.matches(row["final_url"], row["raw_sha256"])
-
-
-def _take(row: Mapping[str, Any], wanted: Forgotten, found: _Matching) -> None:
-    found.keys.add(row["key"])
-    found.num_images_gone += row["status"] == schema.STATUS_SUCCESS
-    if row["url"] and not wanted.matches(row["url"]):
-        found.urls.add(url_digest(row["url"]))
-
-
-# --- the plan ---------------------------------------------------------------------------------------------------------
-
-
-def _plan(work: Path, matching: _Matching) -> Plan:
-    """Where the keys are, and every digest that will be another one."""
-    pairs, gone = work / schema.PAIRS, matching.keys
-    touched = {schema.PAIRS: sorted({_unit_of(key) for key in gone})}
-    digests = {schema.PAIRS: _digests(pairs)}
-    removed = {
-        "pairs rows": (len(gone), matching.num_rows),
-        "pairs images": (matching.num_images_gone, matching.num_images),
-    }
-    for folder in _tables(work):
-        name = folder.relative_to(work).as_posix()
-        digests[name] = _digests(folder)
-        holds = {
-            unit: gone & _keys(folder / f"{unit}.parquet") for unit in touched[schema.PAIRS] if unit in digests[name]
-        }
-        touched[name] = [unit for unit, keys in holds.items() if keys]
-        removed[name] = sum(map(len, holds.values())), _num_rows(folder)
-        for path in _journals(folder):
-            rows = [row["key"] for row in rewrite.read_journal(path)[1:]]
-            removed[path.relative_to(work).as_posix()] = len(gone.intersection(rows)), len(rows)
-    used, in_training, shards = set(), {}, {}
-    for folder in _shards(work):
-        name = folder.relative_to(work).as_posix()
-        keys_of = {unit: _keys(folder / f"{unit}.index.parquet") for unit in ledger.finished_units(folder)}
-        used |= {_unit_of(key) for keys in keys_of.values() for key in keys}
-        touched[name] = [unit for unit, keys in keys_of.items() if gone & keys]
-        removed[name] = sum(len(gone & keys) for keys in keys_of.values()), sum(map(len, keys_of.values()))
-        if (folder / INDEX_FILE).exists():
-            shards[name] = json.loads((folder / INDEX_FILE).read_text())["digest"]
-            in_training[shards[name]] = sum(
-                len(gone & keys) for unit, keys in keys_of.items() if unit.startswith("train-")
-            )
-    every = list(digests[schema.PAIRS])
-    unit_sets = [units for units in (every, sorted(used.intersection(every))) if units]
-    return Plan(
-        keys=sorted(gone),
-        touched=touched,
-        digests=digests,
-        unit_sets=unit_sets,
-        inputs=[_inputs_of_shards(work, units, digests) for units in unit_sets],
-        shards=shards,
-        removed=removed,
-        seen_by=forget_traces.seen_by(work, in_training, forgotten(pairs).lineage) if gone else [],
-        originals=[str(tar.resolve()) for tar in _originals(pairs, touched[schema.PAIRS], gone)],
-    )
-
-
-def _unit_of(key: str) -> str:
-    return key[: schema.SHARD_DIGITS]
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    found = {}
-    for unit in ledger.finished_units(folder):
-        sidecar = ledger.read_sidecar(folder, unit)
-        assert sidecar is not None
-        found[unit] = sidecar.digest
-    return found
-
-
-def _num_rows(folder: Path) -> int:
-    rows = 0
-    for unit in ledger.finished_units(folder):
-        sidecar = ledger.read_sidecar(folder, unit)
-        assert sidecar is not None
-        rows += sum(sidecar.counts.values())
-    return rows
-
-
-def _keys(parquet: Path) -> set[str]:
-    return set(rewrite.read_parquet(parquet, {"key"})["key"].to_pylist())
-
-
-def _tables(work: Path) -> list[Path]:
-    """The folders of caption columns and scores."""
-    parents = [work / schema.CAPTIONS, work / schema.SCORES]
-    return [folder for parent in parents for folder in sorted(parent.glob("*")) if folder.is_dir()]
-
-
-def _journals(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.journal.jsonl"))
-
-
-def _shards(work: Path) -> list[Path]:
-    """The folders of training shards: ``shards/``, and what ``--out`` put beside it."""
-    folders = [folder for folder in sorted(work.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
-    return [f for f in folders if any(u.startswith(("train-", "heldout-")) for u in ledger.finished_units(f))]
-
-
-def _originals(pairs: Path, units: list[str], gone: set[str]) -> Iterator[Path]:
-    """Links to the user's own tars that hold a sample that is to go."""
-    for tar in (pairs / f"{unit}.tar" for unit in units):
-        if tar.is_symlink():
-            rows = rewrite.read_parquet(tar.with_suffix(".parquet"), {"key", "source_key"}).to_pylist()
-            theirs = {row["source_key"] for row in rows if row["key"] in gone}
-            if any(member.key in theirs for member in tars.read_members(tar, extensions=None)):
-                yield tar
-
-
-def _inputs_of_shards(work: Path, units: list[str], digests: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """The digests that training shards made from these units would record, for every folder that they could use."""
-    pairs = work / schema.PAIRS
-    folders = {
-        name: work / name for name, known in digests.items() if name != schema.PAIRS and known.keys() >= {*units}
-    }
-    left_out = duplicates.left_out(pairs, units) if duplicates.is_current(pairs) else {}
-    return joined.Inputs(pairs, tuple(units), folders, left_out).digests()
-
-
 # --- carrying it out --------------------------------------------------------------------------------------------------
 
 
@@ -306,18 +130,18 @@ def _outcome(work: Path, plan: Plan) -> Outcome:
 
 def _carry_out(work: Path, plan: Plan) -> Outcome:
     pairs, gone, outcome = work / schema.PAIRS, set(plan.keys), _outcome(work, plan)
-    if num_files := forget_traces.remove_unfinished([pairs, *_tables(work), *_shards(work)]):
+    if num_files := forget_traces.remove_unfinished([pairs, *tables(work), *shard_folders(work)]):
         outcome.notes.append(f"{num_files} files of unfinished work were removed: nothing tells whose rows they hold.")
     forget_traces.clean_logs(work, forgotten(pairs))
     for unit in _still_finished(pairs, plan.touched[schema.PAIRS]):
         rewrite.pairs_unit(pairs, unit, gone)
     _mark_duplicates(pairs, outcome)
-    for folder in _tables(work):
+    for folder in tables(work):
         count = rewrite.count_captions if folder.parent.name == schema.CAPTIONS else rewrite.count_scores
         for unit in _still_finished(folder, plan.touched.get(folder.relative_to(work).as_posix(), [])):
             rewrite.table_unit(folder, unit, gone, count)
     lineage = {}
-    for folder in _shards(work):
+    for folder in shard_folders(work):
         name = folder.relative_to(work).as_posix()
         if name in plan.shards:
             for unit in _still_finished(folder, plan.touched[name]):
@@ -328,10 +152,10 @@ def _carry_out(work: Path, plan: Plan) -> Outcome:
                 f"{name}/ was not finished, so its {num_tars} tars were removed: run `clips shard` again."
             )
     renamed = _renamed(work, plan)
-    for folder in (*_tables(work), *_shards(work)):
+    for folder in (*tables(work), *shard_folders(work)):
         for unit in ledger.finished_units(folder):
             rewrite.rename_inputs(folder, unit, renamed)
-        for path in _journals(folder):
+        for path in journals(folder):
             rewrite.journal(path, gone, renamed)
     remember(pairs, Forgotten(lineage={before: after for before, after in lineage.items() if before != after}))
     (pairs / PLAN).unlink()
@@ -372,12 +196,11 @@ def _renamed(work: Path, plan: Plan) -> dict[str, str | None]:
     """Digest of an input before → now; ``None`` where there is no such input any more."""
     renamed: dict[str, str | None] = {}
     for name, before in plan.digests.items():
-        now = _digests(work / name)
+        now = digests_of(work / name)
         renamed |= {digest: now[unit] for unit, digest in before.items() if unit in now}
     for units, before in zip(plan.unit_sets, plan.inputs, strict=True):
-        if all(
-            ledger.sidecar_path(work / name, unit).exists() for name in plan.digests for unit in units if name in before
-        ):
-            after = _inputs_of_shards(work, units, plan.digests)
+        folders = [work / name for name in plan.digests if name in before]
+        if all(ledger.sidecar_path(folder, unit).exists() for folder in folders for unit in units):
+            after = inputs_of_shards(work, units, plan.digests)
             renamed |= {digest: after.get(name) for name, digest in before.items()}
     return renamed

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from clips_data import ledger, schema, tars
 from clips_data.errors import UserError
 from clips_data.shard import INDEX_FILE, mix
+from clips_data.verify import problem_with
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,7 +40,9 @@ def pairs_unit(pairs: Path, unit: str, gone: Collection[str]) -> None:
     forgotten = [row["key"] in gone or row["code"] == FORGOTTEN for row in rows]
     kept = {row.get("source_key") or row["key"] for row, away in zip(rows, forgotten, strict=True) if not away}
     tar, changed = pairs / f"{unit}.tar", []
-    if any(member.key not in kept for member in tars.read_members(tar, extensions=None)):
+    promised = _sidecar(pairs, unit).files[tar.name]
+    strangers = any(member.key not in kept for member in tars.read_members(tar, extensions=None))
+    if strangers or problem_with(tar, promised["bytes"], promised["sha256"]):  # a kill left the new tar, not its hash
         copy_tar(tar, kept.__contains__)
         changed.append(tar.name)
     pq.write_table(_emptied(table, forgotten), _fresh_part(pairs / f"{unit}.parquet"))

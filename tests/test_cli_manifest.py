@@ -328,3 +328,12 @@ def test_schema_accepts_what_is_packaged_and_knows_every_key() -> None:
         for stage, config in load_manifest(name).stages.items():
             assert set(type(config).model_fields) == set(stages[stage]["properties"])
             assert stages[stage]["additionalProperties"] is False
+
+
+def test_a_signed_address_of_a_list_is_written_down_without_its_signature(folder: Path) -> None:
+    signed = "https://bucket.test/list.parquet?X-Amz-Signature=s3cr3t0123456789&versionId=7"
+    assert main(["run", "trial.yaml", "--set", f"download.source={signed}"]) == 0
+    ours = [*(folder / "here" / ".stages").rglob("*"), *(folder / "here" / "runs").rglob("*")]
+    written = [path.read_text() for path in ours if path.is_file()]
+    assert any("versionId=7" in text for text in written)
+    assert not any("s3cr3t" in text for text in written)

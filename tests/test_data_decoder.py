@@ -141,7 +141,7 @@ def test_a_child_that_hangs_is_ended_at_the_deadline(slow: bytes) -> None:
         refused = refusal(child, slow)
         assert (refused.code, refused.detail) == ("decode_failed", "the decoder died: no answer within 0.5 s")
         assert not is_alive(first)
-        assert child.check(good).data == good
+        assert child.pid is None  # the next image has a new one, as after a crash
 
 
 def test_an_image_that_takes_too_much_memory_costs_only_itself(monkeypatch: pytest.MonkeyPatch, slow: bytes) -> None:
