@@ -98,8 +98,8 @@ def lines(outcome: Outcome, *, dry_run: bool) -> Iterator[str]:
             yield f"{run.run} was trained on shards with {run.num_samples} of these samples:"
         yield from (f"  {path}" for path in run.checkpoints)
     if outcome.seen_by:
-        yield "Runs are left as they are, and `clips train` does not go on with one whose shards have changed: train under"
-        yield "another --name, or with --overwrite (which `clips run` also takes) to train again without these samples."
+        yield "Runs are left as they are, and `clips train` does not go on with one whose shards have changed: train"
+        yield "under another --name, or with --overwrite (`clips run` takes it, too) to train without these samples."
     if outcome.shown_in:
         yield "These files may still show them. Make them again with `clips eval --overwrite` and `clips report`:"
         yield from (f"  {path}" for path in outcome.shown_in)

@@ -27,14 +27,14 @@ def redact(url: str) -> str:
     """``url`` without passwords, fragments and the values of query parameters that are or may be secrets.
 
     Parameters with a secret's name keep no trace of their value; other long random values are replaced by the first
-    eight digits of their sha256, so that different URLs stay different. What is no URL comes back unchanged up to its
-    first ``?``, ``#`` or ``@``.
+    eight digits of their sha256, so that different URLs stay different. What cannot be parsed as a URL ends at its first
+    ``?`` or ``#``.
     """
     try:
         parts = urlsplit(url)
         netloc = _without_password(parts)
     except ValueError:
-        return re.split(r"[?#@]", url, maxsplit=1)[0]
+        return re.sub(r"[^/]*@", f"{REDACTED}@", re.split(r"[?#]", url, maxsplit=1)[0])
     query = "&".join(_redacted_pair(pair) for pair in parts.query.split("&")) if parts.query else ""
     return parts._replace(netloc=netloc, query=query, fragment="").geturl()
 

@@ -129,3 +129,15 @@ def test_after_sigkill_every_named_unit_is_whole(tmp_path: Path, num_units: int)
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the disk is full"), ledger.readable_disk_errors(tmp_path):
         raise OSError(28, "No space left on device")
+
+
+def test_a_dry_run_with_overwrite_says_what_would_be_made_again_and_removes_nothing(tmp_path: Path) -> None:
+    for unit in ("a", "b"):
+        ledger.part(tmp_path / f"{unit}.txt").write_text(unit)
+        ledger.commit(tmp_path, unit, [f"{unit}.txt"], inputs={"list": unit}, config={}, counts={"ok": 2, "dns": 1})
+    inputs_of = {"a": {"list": "a"}, "b": {"list": "changed"}, "c": {"list": "c"}}
+    dry = ledger.stand(tmp_path, inputs_of, {}, overwrite=True, dry_run=True)
+    assert (dry.finished, dry.missing, dry.counts) == (["a"], ["b", "c"], {"ok": 2, "dns": 1})
+    assert ledger.finished_units(tmp_path) == ["a", "b"]
+    ledger.stand(tmp_path, inputs_of, {}, overwrite=True, dry_run=False)
+    assert ledger.finished_units(tmp_path) == ["a"]
