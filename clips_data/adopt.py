@@ -18,6 +18,7 @@ from clips_data import executor, foreign, ledger, schema
 from clips_data.errors import ResumeRefused, UsageError, UserError
 from clips_data.executor import Job, Report
 from clips_data.foreign import Choices, Content, Foreign
+from clips_data.forgotten import forgotten, refuse_unfinished
 
 PRELOAD: Final = ("pyarrow.parquet", "PIL.Image", "clips_data.adopt")
 MAX_PIXELS: Final = 100_000_000
@@ -63,6 +64,12 @@ def adopt(
     pairs, folder = job.out or job.work / schema.PAIRS, folder.resolve()
     _check_extensions(caption_ext, ignore)
     _check_folders(folder, pairs)
+    refuse_unfinished(pairs)
+    if job.overwrite and forgotten(pairs):
+        raise UserError(
+            f"{pairs} was told to forget some of these samples, and --overwrite would link the tars that still hold "
+            "them. Adopt the folder into a new --work and forget there again."
+        )
     choices = Choices(caption_ext, caption_key, max_pixels, tuple(ignore))
     about = {"caption_ext": caption_ext, "caption_key": caption_key, "max_pixels": max_pixels}
     adoption = Adoption(pairs, choices, {"adopted_from": str(folder), **about})

@@ -64,6 +64,9 @@ class Decoder:
             raise images.ImageRefused("decode_failed", detail) from None
         except (EOFError, OSError):
             raise images.ImageRefused("decode_failed", f"the decoder died: {self._bury()}") from None
+        except BaseException:  # an answer that nobody took must not become the next image's
+            self._bury(kill=True)
+            raise
         if "refused" in head:
             raise images.ImageRefused(*head["refused"])
         return images.CheckedImage(data=body if head.pop("made_again") else data, **head)
@@ -79,12 +82,13 @@ class Decoder:
         if self._end is None:
             _share_fork_server()
             context = multiprocessing.get_context("forkserver")
-            self._end, theirs = socket.socketpair()
-            _set_deadline(self._end, self._deadline_s)
+            ours, theirs = socket.socketpair()
+            _set_deadline(ours, self._deadline_s)
             max_bytes = max(MIN_CHILD_BYTES, CHILD_BYTES_PER_PIXEL * self._settings.max_pixels)
-            self._child = context.Process(target=_serve, args=(theirs, self._settings, max_bytes), daemon=True)
-            self._child.start()
+            child = context.Process(target=_serve, args=(theirs, self._settings, max_bytes), daemon=True)
+            child.start()
             theirs.close()
+            self._end, self._child = ours, child
         return self._end
 
     def _bury(self, *, kill: bool = False) -> str:

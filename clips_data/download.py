@@ -35,8 +35,7 @@ from clips_data.config import DownloadConfig
 from clips_data.downloader import ShardTask
 from clips_data.errors import TooFewSucceeded, UsageError
 from clips_data.executor import Job, Report
-from clips_data.forget import refuse_unfinished
-from clips_data.forgotten import forgotten
+from clips_data.forgotten import forgotten, refuse_unfinished
 
 PRELOAD: Final = (
     "clips_data.engine",

@@ -177,8 +177,11 @@ class _Resizer:
         except images.ImageRefused as refused:
             return _failure(about | {"code": refused.code, "detail": refused.detail})
         stored = StoredImage(image.data)
+        sha256 = ledger.digest_bytes(stored)
+        if self.forgotten.matches(None, sha256):
+            return _failure(about | {"code": "forgotten"})
         stored.evidence = about | {
-            "sha256": ledger.digest_bytes(stored),
+            "sha256": sha256,
             "image_ext": image.extension,
             "bytes": len(stored),
             "orientation": image.orientation,

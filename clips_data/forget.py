@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Final
 
 from clips_data import duplicates, forget_traces, ledger, rewrite, schema
 from clips_data.errors import UserError
@@ -28,9 +27,7 @@ from clips_data.forget_plan import (
     tables,
 )  # fmt: skip
 from clips_data.forget_traces import SeenBy
-from clips_data.forgotten import Forgotten, forgotten, remember
-
-PLAN: Final = "forgetting.json"
+from clips_data.forgotten import PLAN, Forgotten, forgotten, remember
 
 
 @dataclass
@@ -89,14 +86,6 @@ def forget(work: Path, wanted: Forgotten, *, dry_run: bool = False) -> Outcome:
         else:
             outcome.add(_outcome(work, plan))
     return outcome
-
-
-def refuse_unfinished(pairs: Path) -> None:
-    """For the stages that read ``pairs/``: raises ``UserError`` where a ``clips forget`` was stopped half-way."""
-    if (pairs / PLAN).exists():
-        raise UserError(
-            f"A `clips forget` was stopped half-way in {pairs}. Run it again, which completes it, before anything else."
-        )
 
 
 @contextlib.contextmanager

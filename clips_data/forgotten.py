@@ -18,6 +18,8 @@ from clips_data.errors import UsageError, UserError
 from clips_data.redact import host_of, redact
 
 FILE: Final = "forgotten.json"
+PLAN: Final = "forgetting.json"
+"""There while a removal is under way, see ``forget.py``."""
 _SHA256: Final = re.compile(r"[0-9a-fA-F]{64}")
 _HOST: Final = re.compile(r"[^\s/?#@:\[\]\\]+")
 
@@ -80,6 +82,14 @@ def forgotten(pairs: Path) -> Forgotten:
             "Use the clips version that wrote it."
         )
     return Forgotten(**known, lineage=lineage)
+
+
+def refuse_unfinished(pairs: Path) -> None:
+    """For the stages that read ``pairs/``: raises ``UserError`` where a ``clips forget`` was stopped half-way."""
+    if (pairs / PLAN).exists():
+        raise UserError(
+            f"A `clips forget` was stopped half-way in {pairs}. Run it again, which completes it, before anything else."
+        )
 
 
 def remember(pairs: Path, more: Forgotten) -> None:

@@ -143,7 +143,7 @@ def _encoded(pixels: Any, settings: ImageSettings) -> bytes:
 def _phash(pixels: Any, orientation: int | None) -> str:
     """The low frequencies of the upright grey picture, those along its sides left out: which are above their median.
 
-    Frequencies are rounded, so that a picture of one colour has a hash of zeros and not one of rounding errors.
+    Frequencies are rounded, so that a plain picture has a hash of zeros and not one of its noise.
     """
     import cv2
     import numpy as np

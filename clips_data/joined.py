@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from clips_data import duplicates, ledger, schema, tars
 from clips_data.errors import UserError, did_you_mean
+from clips_data.forgotten import refuse_unfinished
 
 if TYPE_CHECKING:
     import polars as pl
@@ -109,6 +110,7 @@ def open_inputs(
     folder and the command that makes it.
     """
     pairs = pairs or work / schema.PAIRS
+    refuse_unfinished(pairs)
     names = units if units is not None else tuple(ledger.finished_units(pairs))
     if not names:
         raise UserError(f"{pairs} holds no finished shards. Run `clips download` first, or point --work at its folder.")

@@ -117,7 +117,8 @@ class PairWriter:
         key = schema.sample_key(int(self.unit), turn)
         row = dict.fromkeys((*self.list_columns, *schema.PAIR_COLUMNS))
         if evidence["code"] == "forgotten":  # nothing of what was forgotten comes back
-            return row | {"key": key, "status": status, "code": "forgotten"}
+            kept = {"key": key, "status": "failed_to_download", "code": "forgotten"}
+            return row | kept | {"retry_of": meta.get("retry_of")}
         row |= {name: meta[name] for name in self.list_columns}
         row |= {name: meta[name] for name in _FROM_IMG2DATASET}
         row |= {name: evidence.get(name) or None for name in _EVIDENCE}

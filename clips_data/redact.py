@@ -27,8 +27,8 @@ def redact(url: str) -> str:
     """``url`` without passwords, fragments and the values of query parameters that are or may be secrets.
 
     Parameters with a secret's name keep no trace of their value; other long random values are replaced by the first
-    eight digits of their sha256, so that different URLs stay different. What cannot be parsed as a URL ends at its first
-    ``?`` or ``#``.
+    eight digits of their sha256, so that different URLs stay different. What cannot be parsed as a URL ends at its
+    first ``?`` or ``#``.
     """
     try:
         parts = urlsplit(url)

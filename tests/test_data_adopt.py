@@ -27,6 +27,7 @@ from clips_data.config import ShardConfig
 from clips_data.demo import web
 from clips_data.errors import ResumeRefused, UsageError, UserError
 from clips_data.executor import Job
+from clips_data.forgotten import asked_for, remember
 from clips_data.verify import verify
 
 NUM_GOOD = 7
@@ -525,3 +526,12 @@ def test_options_that_do_not_go_together_are_one_sentence(
 )
 def test_img2datasets_messages_have_codes(message: str, code: str) -> None:
     assert foreign.code_of(message) == code
+
+
+def test_overwriting_does_not_bring_back_what_was_forgotten(tmp_path: Path) -> None:
+    folder, work = write_plain(tmp_path / "theirs"), tmp_path / "work"
+    run(folder, work)
+    remember(work / "pairs", asked_for(hosts=["example.com"]))
+    with pytest.raises(UserError, match="told to forget"):
+        run(folder, work, overwrite=True)
+    assert run(folder, work).skipped == 2

@@ -195,6 +195,19 @@ def test_an_error_in_the_block_ends_the_child() -> None:
     assert pid is not None and not is_alive(pid)
 
 
+def test_an_answer_that_nobody_took_is_not_given_to_the_next_image(
+    child: Decoder, slow: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(end: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(decoder, "_receive", stop)
+        child.check(slow)
+    good = encoded(noise(1), "JPEG")
+    assert child.check(good).width_px == 200
+
+
 def test_the_child_ends_with_a_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(

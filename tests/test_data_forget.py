@@ -24,7 +24,7 @@ from clips_data.config import ScoreConfig, ShardConfig
 from clips_data.errors import ResumeRefused, UsageError, UserError
 from clips_data.executor import Job
 from clips_data.forget import Outcome, forget
-from clips_data.forgotten import Forgotten, asked_for, forgotten, read_list
+from clips_data.forgotten import Forgotten, asked_for, forgotten, read_list, refuse_unfinished
 from clips_data.verify import verify
 from clips_train.shards import ShardReader, open_split
 
@@ -652,13 +652,13 @@ def test_sigkill_at_random_moments_is_completed_by_another_removal(whole: Path, 
         if (work / "pairs" / room.PLAN).exists():
             unfinished += 1
             with pytest.raises(UserError, match="stopped half-way"):
-                room.refuse_unfinished(work / "pairs")
+                refuse_unfinished(work / "pairs")
             with pytest.raises(UserError, match="without --dry-run"):
                 forget(work, asked_for(urls=[url(0)]), dry_run=True)
         outcome = forget(work, asked_for(urls=[url(0)]))
         assert not any(traces(work, number) for number in [0, *BAD]) and outcome.found
         assert content(work) == content(right)
-        room.refuse_unfinished(work / "pairs")
+        refuse_unfinished(work / "pairs")
     assert unfinished, "kills that come after the end show nothing"
 
 

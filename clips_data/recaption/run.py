@@ -15,6 +15,7 @@ from clips_data import caption_table, draws, executor, joined, ledger, schema
 from clips_data.config import RecaptionConfig
 from clips_data.errors import TooFewSucceeded, UserError
 from clips_data.executor import Job, Report
+from clips_data.forgotten import refuse_unfinished
 from clips_data.recaption import clean, prompts
 from clips_data.recaption.engines import Answer, EngineProcess, Request
 
@@ -46,6 +47,7 @@ def run(config: RecaptionConfig, job: Job) -> Report:
     pairs, out = job.work / schema.PAIRS, job.out or job.work / schema.CAPTIONS / config.column
     if job.only:
         pairs = job.only[0].parent
+    refuse_unfinished(pairs)
     units = _units(pairs, job)
     digested = {
         **config.model_dump(mode="json", exclude=NOT_IN_DIGEST),
