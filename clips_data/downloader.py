@@ -14,6 +14,7 @@ import json
 import os
 import struct
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -138,7 +139,10 @@ class _Opener:
         number = int(request.full_url.removeprefix("row:"))
         if number in self.skipped:
             return _packed({"detail": "", "attempts": 0, "row": number, **self.skipped[number]}, b"")
-        fetched = fetch.fetch(self.urls[number], self.policy)
+        try:
+            fetched = fetch.fetch(self.urls[number], self.policy)
+        except Exception as error:
+            return _packed({**_mistake(error), "row": number}, b"")
         about = asdict(fetched)
         body = about.pop("body")
         return _packed({**about, "row": number}, body)
@@ -163,6 +167,12 @@ class _Resizer:
     forgotten: Forgotten
 
     def __call__(self, stream: io.BytesIO, blurring_bbox_list: object = None) -> tuple[Any, ...]:
+        try:
+            return self._checked(stream)
+        except Exception as error:
+            return _failure(_mistake(error))
+
+    def _checked(self, stream: io.BytesIO) -> tuple[Any, ...]:
         about, body = _unpacked(stream.getvalue())
         number = about.pop("row")
         if about["code"] != "ok":
@@ -193,6 +203,13 @@ class _Resizer:
 
 def _failure(about: Mapping[str, Any]) -> tuple[Any, ...]:
     return None, None, None, None, None, json.dumps(about)
+
+
+def _mistake(error: Exception) -> dict[str, Any]:
+    """A row for a mistake of ours, which img2dataset would drop. The error's text is left out: it may hold the URL."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    detail = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
+    return {"code": "internal", "detail": detail, "attempts": 1}
 
 
 def _has_hash(body: memoryview, wanted: str | None) -> bool:

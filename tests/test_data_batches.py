@@ -325,3 +325,27 @@ def test_forgotten_hosts_urls_and_images_are_not_brought_back(pages: Web, tmp_pa
     assert not pages.hits[9]
     gone = table.filter(pl.col("code") == "forgotten").drop("key", "status", "code")
     assert all(value is None for row in gone.iter_rows() for value in row)
+
+
+def test_a_mistake_of_ours_costs_its_row_and_says_nothing_of_the_url(tmp_path: Path) -> None:
+    import io
+
+    from clips_data import downloader
+
+    class Broken:
+        def check(self, data: bytes) -> Any:
+            raise ZeroDivisionError(SECRET)
+
+    resizer = downloader._Resizer(Broken(), None, forgotten.Forgotten())  # type: ignore[arg-type]
+    opener = downloader._Opener(None, [f"http://h/?{SECRET}"], {})  # type: ignore[arg-type]
+
+    class Request:
+        full_url = "row:0"
+
+    packed = opener.open(Request())
+    *_, failure = resizer(packed)
+    assert '"code": "internal"' in failure
+    *_, failure = resizer(downloader._packed({"code": "ok", "detail": "", "row": 0}, b"bytes"))
+    assert "ZeroDivisionError" in failure
+    assert SECRET not in failure
+    assert isinstance(packed, io.BytesIO)
