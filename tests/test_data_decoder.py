@@ -145,7 +145,7 @@ def test_a_child_that_hangs_is_ended_at_the_deadline(slow: bytes) -> None:
 
 
 def test_an_image_that_takes_too_much_memory_costs_only_itself(monkeypatch: pytest.MonkeyPatch, slow: bytes) -> None:
-    monkeypatch.setattr(decoder, "MIN_CHILD_BYTES", 250 << 20)
+    monkeypatch.setattr(decoder, "MIN_CHILD_BYTES", 380 << 20)
     monkeypatch.setattr(decoder, "CHILD_BYTES_PER_PIXEL", 1)
     good = encoded(noise(1), "JPEG")
     with Decoder(KEEP) as child:
