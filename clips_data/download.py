@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
 import sys
 import time
 from collections import Counter
@@ -65,7 +64,8 @@ def run(config: DownloadConfig, job: Job) -> Report:
     addresses.networks(config.allow_network)  # what is no address is said before anything is begun
     addresses.servers(config.dns_servers)
     refuse_unfinished(pairs)
-    with ledger.readable_disk_errors(pairs), _scratch(pairs, job) as scratch:
+    index, of = executor.parse_slice(job.slice)  # every job of an array has its own scratch, which may hold signed URLs
+    with ledger.readable_disk_errors(pairs), ledger.scratch(pairs, f"list-{index}-of-{of}") as scratch:
         url_list = sources.locate(config, scratch)
         batch, rows = batches.choose(
             pairs, url_list, config.shard_rows,
@@ -129,24 +129,6 @@ def _look_back(config: DownloadConfig, pairs: Path, units: list[str], report: Re
         duplicates.refresh(pairs)
 
 
-@contextlib.contextmanager
-def _scratch(pairs: Path, job: Job) -> Iterator[Path]:
-    """A folder for the cut list, which may hold signed URLs: readable by its owner only, removed in any case.
-
-    Every slice has its own, so that the jobs of an array do not meet; what a killed run left is removed here.
-    """
-    index, of = executor.parse_slice(job.slice)
-    name = f"list-{index}-of-{of}"
-    with ledger.locked(pairs, name, wait=False):
-        scratch = pairs / f"_{name}"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(mode=0o700)
-        try:
-            yield scratch
-        finally:
-            shutil.rmtree(scratch)
-
-
 def _num_workers(config: DownloadConfig, job: Job) -> int:
     """Processes of the whole cluster, which share the budget of connections and requests to one host."""
     workers = max(1, job.processes) * executor.parse_slice(job.slice)[1]
@@ -155,6 +137,10 @@ def _num_workers(config: DownloadConfig, job: Job) -> int:
             f"--host-connections {config.host_connections} cannot be shared by {workers} workers (processes × slices), "
             "which would each open at least one. Raise it to at least that number, or use fewer workers."
         )
+    if not job.quiet:
+        rate = f" and {config.host_rate:g} requests/s" if config.host_rate else ""
+        text = f"at most {config.host_connections} connections{rate} to one host, shared by {workers} workers"
+        print(f"download: {text}", file=sys.stderr)
     return workers
 
 

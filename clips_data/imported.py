@@ -7,11 +7,9 @@ row; one without a caption has the code ``empty``.
 
 from __future__ import annotations
 
-import contextlib
 import re
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -116,7 +114,7 @@ def import_table(
     pairs, out = work / schema.PAIRS, work / schema.CAPTIONS / column
     units = _units(pairs)
     out.mkdir(parents=True, exist_ok=True)
-    with _scratch(out) as scratch:
+    with ledger.scratch(out, "import") as scratch:
         source = CaptionTable(str(table), text_column, by, table_key, scratch)
         config = _config(column, model or source.set_name, {"text_column": text_column, "by": by, "key": source.key})
         inputs_of = {unit: {schema.PAIRS: _sidecar(pairs, unit).digest, "table": source.digest} for unit in units}
@@ -144,19 +142,6 @@ def import_table(
 
 def _config(column: str, model: str, about: Mapping[str, str]) -> dict[str, Any]:
     return {"column": column, "engine": ENGINE, "model": model, **about}
-
-
-@contextlib.contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """A folder that ends with the run; what a killed run left is removed first."""
-    with ledger.locked(out, "import", wait=False):
-        folder = out / "_import"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder)
 
 
 def _check_column(column: str) -> None:

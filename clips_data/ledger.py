@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -302,6 +303,22 @@ def locked(folder: Path, name: str = "lock", *, wait: bool = True) -> Iterator[N
                 f"Another clips process is at work in {folder} ({name}). Wait for it, or give this one another --out."
             ) from None
         yield
+
+
+@contextlib.contextmanager
+def scratch(folder: Path, name: str) -> Iterator[Path]:
+    """``folder/_NAME``, empty, for as long as this process works: readable by its owner only, removed in any case.
+
+    A second process that asks for the same name is refused; what a killed one left is removed first.
+    """
+    with locked(folder, name, wait=False):
+        path = folder / f"_{name}"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(mode=0o700)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path)
 
 
 class Journal:

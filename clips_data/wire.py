@@ -1,7 +1,8 @@
 """HTTP/1.1 on one socket, as little of it as a GET needs, with one deadline over all that a server may draw out.
 
 ``http.client`` spends most of a small request in its header parser, and its reads know only a timeout per operation,
-which a server that drips bytes never meets. Here every operation ends at the caller's deadline (``time.monotonic``).
+which a server that drips bytes never meets; ``h11`` refuses sloppy header lines that every browser passes over, and
+their images would be lost. Here every operation ends at the caller's deadline (``time.monotonic``).
 """
 
 from __future__ import annotations
