@@ -81,14 +81,14 @@ def choose(
             found = open_ones[-1] if open_ones else None
         else:
             found = next((batch for batch in same if batch.kind != "retry"), None)
-        if found is not None and not (overwrite and found.shard_rows != shard_rows):
+        if found is not None and not (overwrite and found.shard_rows != shard_rows and len(known) == 1):
             return _checked(found, shard_rows), _rows_of(pairs, found)
         units = ledger.finished_units(pairs)
         if retry:
             kind, rows = "retry", _failed_rows(pairs, units, url_list, retry)
         elif append and (known or units):
             kind, rows = "append", _new_rows(pairs, units, url_list)
-        elif (known or units) and not overwrite:
+        elif units and not overwrite:
             raise ResumeRefused(
                 f"{pairs} holds the pairs of another list. Use --append to add this list's new URLs as further shards, "
                 "--out with a new folder to keep both apart, or --overwrite to replace what is there."
@@ -189,7 +189,7 @@ def _checked(batch: Batch, shard_rows: int) -> Batch:
     if batch.shard_rows != shard_rows:
         raise ResumeRefused(
             f"This list was cut into shards of {batch.shard_rows} rows before, and --shard-rows is {shard_rows} now. "
-            "Keep the number, use --out with a new folder, or --overwrite to begin anew."
+            "Keep the number, or use --out with a new folder."
         )
     return batch
 

@@ -349,3 +349,23 @@ def test_a_mistake_of_ours_costs_its_row_and_says_nothing_of_the_url(tmp_path: P
     assert "ZeroDivisionError" in failure
     assert SECRET not in failure
     assert isinstance(packed, io.BytesIO)
+
+
+def test_a_list_that_came_to_nothing_can_be_mended_and_begun_anew(pages: Web, tmp_path: Path) -> None:
+    run(write_list(tmp_path / "a.parquet", [pages.url(0), pages.url(1)]), tmp_path, job={"limit": 1})
+    run(write_list(tmp_path / "a.parquet", [pages.url(0), pages.url(2)]), tmp_path)
+    assert rows(tmp_path)["url"].to_list() == [pages.url(0), pages.url(2)]
+    assert len(batches.read_all(tmp_path / "pairs")) == 1
+
+
+def test_other_shard_rows_are_refused_and_never_cost_other_lists(pages: Web, tmp_path: Path) -> None:
+    first = write_list(tmp_path / "a.parquet", [pages.url(number) for number in range(4)])
+    run(first, tmp_path)
+    with pytest.raises(ResumeRefused, match="--shard-rows is 2 now"):
+        run(first, tmp_path, shard_rows=2)
+    assert run(first, tmp_path, job={"overwrite": True}, shard_rows=2).made == 2
+    second = write_list(tmp_path / "b.parquet", [pages.url(9)])
+    run(second, tmp_path, job={"append": True}, shard_rows=2)
+    with pytest.raises(ResumeRefused, match="--shard-rows is 3 now"):
+        run(second, tmp_path, job={"overwrite": True}, shard_rows=3)
+    assert len(rows(tmp_path)) == 5
