@@ -237,7 +237,9 @@ def job_from(given: dict[str, Any]) -> Job:
     chosen = {name: given[name] for name in names if given.get(name) is not None}
     parse_slice(chosen.get("slice"))
     if "retry" in chosen:
-        chosen["retry"] = tuple(code for text in chosen["retry"] for code in text.split(",") if code)
+        chosen["retry"] = tuple(code.strip() for text in chosen["retry"] for code in text.split(",") if code.strip())
+        if given["retry"] and not chosen["retry"]:
+            raise click.UsageError("--retry wants failure codes, for example dns,timeout,http_5xx.")
     only = shards_named(given["shards"]) if given.get("shards") else None
     return Job(**chosen, only=only)
 

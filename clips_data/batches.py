@@ -8,6 +8,7 @@ Nothing of a list is copied there but row numbers; the list itself, which may ho
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -63,27 +64,30 @@ def choose(
     append: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    part: str = "0-of-1",
 ) -> tuple[Batch, pl.DataFrame | None]:
     """The batch that a run is to do: a known one of this list, or a new one, which is then saved.
 
-    Comes with the chosen rows (``row``, ``retry_of``) where the batch takes only some. Raises ``ResumeRefused`` when
-    the folder holds shards of another list and neither ``append`` nor ``overwrite`` was given.
+    Comes with the chosen rows (``row``, ``retry_of``) where the batch takes only some. ``part`` names the slice that
+    asks: the jobs of an array take part in one retry, whoever comes first. Raises ``ResumeRefused`` when the folder
+    holds shards of another list and neither ``append`` nor ``overwrite`` was given, or another retry is unfinished.
     """
     _check_codes(retry)
     if retry and append:
         raise UsageError("--retry and --append are two different intakes. Give one after the other.")
     fingerprint = _fingerprint(url_list)
-    with ledger.locked(pairs, "batches"):
-        known = read_all(pairs)
+    with contextlib.nullcontext() if dry_run else ledger.locked(pairs, "batches"):
+        known, units = read_all(pairs), ledger.finished_units(pairs)
         same = [batch for batch in known if batch.fingerprint == fingerprint]
         if retry:
-            open_ones = [batch for batch in same if batch.kind == "retry" and _is_unfinished(pairs, batch)]
-            found = open_ones[-1] if open_ones else None
+            found = _retry_to_join(pairs, same, retry, part)
         else:
             found = next((batch for batch in same if batch.kind != "retry"), None)
-        if found is not None and not (overwrite and found.shard_rows != shard_rows and len(known) == 1):
+        begin_anew = len(known) == 1 and (overwrite or not units)
+        if found is not None and not (found.shard_rows != shard_rows and begin_anew):
+            if not dry_run:
+                _mark_taken(pairs, found, part)
             return _checked(found, shard_rows), _rows_of(pairs, found)
-        units = ledger.finished_units(pairs)
         if retry:
             kind, rows = "retry", _failed_rows(pairs, units, url_list, retry)
         elif append and (known or units):
@@ -96,11 +100,35 @@ def choose(
         else:
             kind, rows, known, units = "list", None, [], []
         batch = _planned(kind, fingerprint, retry, url_list, rows, shard_rows, known, units)
-        if not dry_run:
+        if not dry_run and (batch.num_rows or kind == "list"):
             if kind == "list":
                 _drop_everything(pairs, batch)
             _save(pairs, batch, rows)
+            _mark_taken(pairs, batch, part)
         return batch, rows
+
+
+def _retry_to_join(pairs: Path, same: Sequence[Batch], retry: Sequence[str], part: str) -> Batch | None:
+    """The newest retry of these codes, where it is unfinished, or this slice of an array had no part in it yet."""
+    retries = [batch for batch in same if batch.kind == "retry"]
+    for batch in retries:
+        if set(batch.codes) != set(retry) and _is_unfinished(pairs, batch):
+            codes = ",".join(batch.codes)
+            raise ResumeRefused(f"An earlier --retry {codes} is unfinished. Give it once more first: --retry {codes}")
+    newest = next((batch for batch in reversed(retries) if set(batch.codes) == set(retry)), None)
+    if newest is None or _is_unfinished(pairs, newest):
+        return newest
+    of = part.partition("-of-")[2]
+    return newest if of != "1" and not _taken(pairs, newest, part).exists() else None
+
+
+def _taken(pairs: Path, batch: Batch, part: str) -> Path:
+    return pairs / FOLDER / f"{batch.number:05d}.taken-{part}"
+
+
+def _mark_taken(pairs: Path, batch: Batch, part: str) -> None:
+    if batch.kind == "retry":
+        _taken(pairs, batch, part).touch()
 
 
 def read_all(pairs: Path) -> list[Batch]:
@@ -132,10 +160,19 @@ def take(url_list: UrlList, rows: pl.DataFrame, folder: Path, shard_rows: int) -
     return dataclasses.replace(url_list, path=folder, format="parquet", extra_columns=columns)
 
 
-def latest_codes(pairs: Path) -> Counter[str]:
-    """Rows of all lists by the code of their latest try."""
+def latest_codes(pairs: Path, units: Sequence[str]) -> Counter[str]:
+    """The rows of ``units`` by the code of their latest try, wherever that is."""
+    import polars as pl
+
     tries = _tried(pairs, ledger.finished_units(pairs)).collect()
-    return Counter(_latest(tries)["code"].to_list())
+    own = tries.filter(pl.col("key").str.head(schema.SHARD_DIGITS).is_in(list(units)))
+    roots = own.select(pl.coalesce("retry_of", "key").alias("root")).unique()
+    return Counter(_latest(tries).join(roots, on="root", how="semi")["code"].to_list())
+
+
+def of_same_list(pairs: Path, batch: Batch) -> list[Batch]:
+    """All intakes of the batch's list, retries of it too; the batch itself where nothing is saved yet."""
+    return [other for other in read_all(pairs) if other.fingerprint == batch.fingerprint] or [batch]
 
 
 def shard_rows_of(url_list: UrlList, batch: Batch) -> dict[int, int]:
@@ -269,7 +306,7 @@ def _new_rows(pairs: Path, units: Sequence[str], url_list: UrlList) -> pl.DataFr
     """The rows of the list whose URL was never tried in ``pairs/``."""
     import polars as pl
 
-    tried = _tried(pairs, units).select("url").unique()
+    tried = _tried(pairs, units).filter(pl.col("url") != "").select("url").unique()
     rows = _listed(url_list).join(tried.collect().lazy(), on="url", how="anti", maintain_order="left").collect()
     return rows.select("row", pl.lit(None, pl.String).alias("retry_of"))
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -32,7 +34,7 @@ from clips_data import (
 )
 from clips_data.config import DownloadConfig
 from clips_data.downloader import ShardTask
-from clips_data.errors import TooFewSucceeded, UsageError
+from clips_data.errors import ResumeRefused, TooFewSucceeded, UsageError
 from clips_data.executor import Job, Report
 from clips_data.forgotten import forgotten, refuse_unfinished
 
@@ -47,7 +49,7 @@ PRELOAD: Final = (
 # Choices that decide how the work is done but not what a finished shard holds.
 NOT_IN_DIGEST: Final = {
     "source", "num_pairs", "shard_rows", "max_list_bytes", "threads", "host_connections", "host_rate", "min_success",
-    "dns_servers", "env_proxy",
+    "dns_servers", "env_proxy", "timeout_s", "retries", "max_wait_s",
 }  # fmt: skip
 
 
@@ -64,53 +66,100 @@ def run(config: DownloadConfig, job: Job) -> Report:
     addresses.networks(config.allow_network)  # what is no address is said before anything is begun
     addresses.servers(config.dns_servers)
     refuse_unfinished(pairs)
-    index, of = executor.parse_slice(job.slice)  # every job of an array has its own scratch, which may hold signed URLs
-    with ledger.readable_disk_errors(pairs), ledger.scratch(pairs, f"list-{index}-of-{of}") as scratch:
+    with ledger.readable_disk_errors(pairs), _at_work(pairs, job) as scratch:
         url_list = sources.locate(config, scratch)
+        list_rows = sum(batches.file_rows(url_list))
         batch, rows = batches.choose(
-            pairs, url_list, config.shard_rows,
-            retry=job.retry, append=job.append, overwrite=job.overwrite, dry_run=job.dry_run,
+            pairs, url_list, config.shard_rows, retry=job.retry, append=job.append,
+            overwrite=job.overwrite, dry_run=job.dry_run, part=_part(job),
         )  # fmt: skip
         if rows is not None:
             url_list = batches.take(url_list, rows, scratch / "chosen", batch.shard_rows)
         tasks, standing = _tasks(config, job, pairs, url_list, batch, scratch)
-        report.skipped, totals = len(standing.finished), standing.counts
+        report.skipped = len(standing.finished)
+        report.add(dict(standing.counts))
         if job.dry_run:
             report.facts.update(shards_to_do=len(tasks), urls_to_do=sum(task.num_rows for task in tasks))
-        else:
-            for counts in _download(config, job, pairs, url_list, tasks, num_workers):
-                totals.update(counts)
-                report.made += 1
+            return report
+        for counts in _download(config, job, pairs, url_list, tasks, num_workers):
+            report.add(dict(counts))
+    whole = [task for task in tasks if task.num_rows == task.shard.num_rows]
+    report.made = len(whole)
+    report.notes += [*_how_much(job, batch, list_rows, len(tasks) - len(whole)), *url_list.notes]
     finished = set(ledger.finished_units(pairs))
-    units = [unit for unit in map(schema.shard_name, batch.shards) if unit in finished]
+    intakes = batches.of_same_list(pairs, batch)
+    units = [unit for intake in intakes for unit in map(schema.shard_name, intake.shards) if unit in finished]
     report.units = [pairs / f"{unit}.tar" for unit in units]
-    report.add(dict(totals))
-    if not batch.num_shards:
-        what = f"failed with {', '.join(job.retry)}" if job.retry else "was never tried here"
-        report.notes.append(f"nothing to do: no URL of this list {what}")
-    if units and not job.dry_run:
+    if units:
         with ledger.locked(pairs, "look-back"):  # the jobs of an array end when they like
             _take_carried(url_list, pairs, job, report)
             _look_back(config, pairs, units, report)
-    report.notes += url_list.notes
     report.seconds = time.monotonic() - started
-    if batch.kind == "retry":  # what counts is what has become of the list by now
-        totals = batches.latest_codes(pairs)
+    totals = Counter(report.counts)
+    if any(intake.kind == "retry" for intake in intakes):  # what counts is what has become of the list by now
+        totals = batches.latest_codes(pairs, units)
+        report.notes.append(f"after retries {totals['ok']} of {_attempted(totals)} URLs of this list have succeeded")
     _check_success(config, totals, report)
     return report
 
 
+def _part(job: Job) -> str:
+    index, of = executor.parse_slice(job.slice)
+    return f"{index}-of-{of}"
+
+
+@contextlib.contextmanager
+def _at_work(pairs: Path, job: Job) -> Iterator[Path]:
+    """A folder for the cut list, which may hold signed URLs. Every job of an array has its own.
+
+    Jobs of another slicing are kept out: they would write the same shards. What these left, killed, is removed.
+    """
+    with contextlib.ExitStack() as stack:
+        if job.dry_run:
+            yield Path(stack.enter_context(tempfile.TemporaryDirectory())) / "list"
+            return
+        slices = f"slices of {executor.parse_slice(job.slice)[1]}"
+        stack.enter_context(ledger.shared(pairs, "slicing", slices))
+        for left in pairs.glob("_list-*"):
+            if not left.name.endswith(f"-of-{executor.parse_slice(job.slice)[1]}"):
+                shutil.rmtree(left)
+        yield stack.enter_context(ledger.scratch(pairs, f"list-{_part(job)}"))
+
+
+def _how_much(job: Job, batch: batches.Batch, list_rows: int, num_cut: int) -> Iterator[str]:
+    """What of the list was left out, and why."""
+    if not batch.num_shards:
+        what = f"failed with {', '.join(job.retry)}" if job.retry else "was never tried here"
+        yield f"nothing to do: no URL of this list {what}"
+    elif batch.kind == "append" and batch.num_rows < list_rows:
+        yield f"{list_rows - batch.num_rows} of {list_rows} rows of the list have a URL that was tried before"
+    if num_cut:
+        yield (
+            f"{num_cut} shard was cut by --limit: it is not finished and its rows will be fetched again "
+            "(--shard-rows of at most --limit makes shards that later stages can read)"
+        )
+
+
 def _take_carried(url_list: sources.UrlList, pairs: Path, job: Job, report: Report) -> None:
-    """Caption columns of the captions that the list brings along, so that recaptioning can be skipped."""
+    """Caption columns of the captions that lists bring along, so that recaptioning can be skipped.
+
+    Columns of earlier lists are completed, with empty captions for images that came with none.
+    """
+    carried = imported.carried_columns(job.work)
     for column, list_column in url_list.captions.items():
+        carried.setdefault(column, (list_column, url_list.adapter or "unknown"))
+    for column, (list_column, model) in carried.items():
         out, counts = job.work / schema.CAPTIONS / column, Counter[str]()
-        for unit in ledger.finished_units(pairs):
-            counts.update(
-                imported.import_carried(
-                    pairs, unit, out, column, list_column,
-                    model=url_list.adapter or "unknown", required=False, overwrite=job.overwrite,
+        try:
+            for unit in ledger.finished_units(pairs):
+                counts.update(
+                    imported.import_carried(
+                        pairs, unit, out, column, list_column, model=model, required=False, overwrite=job.overwrite
+                    )
                 )
-            )  # fmt: skip
+        except ResumeRefused as refused:  # the pairs are finished all the same
+            report.notes.append(f"captions/{column} was not taken from the list: {str(refused).splitlines()[0]}")
+            continue
         report.notes.append(f"captions/{column}: {counts['ok']} of {counts.total()} images have one in the list")
 
 
@@ -119,14 +168,17 @@ def _look_back(config: DownloadConfig, pairs: Path, units: list[str], report: Re
     report.notes += pair_stats.failure_lines(pairs, units)
     found = duplicates.count(pairs, units)
     if found["duplicate_urls"] or found["duplicate_images"]:
+        hint = " (--dedup sha256 leaves them out of the shards)" if config.dedup == "none" else ""
         report.notes.append(
             f"{found['duplicate_urls']} of {found['urls']} URLs and {found['duplicate_images']} of {found['images']} "
-            "images repeat an earlier one (--dedup leaves them out)"
+            f"images repeat an earlier one{hint}"
         )
     if config.dedup in ("sha256", "phash") and report.counts.get("ok"):
         report.facts["images_marked_as_duplicates"] = duplicates.write(pairs, config.dedup)
     else:
         duplicates.refresh(pairs)
+    if duplicates.marked_by(pairs) == "phash" and (number := duplicates.num_without(pairs, "phash")):
+        report.notes.append(f"{number} images have no phash and are never marked: download lists with --dedup phash")
 
 
 def _num_workers(config: DownloadConfig, job: Job) -> int:
@@ -171,7 +223,8 @@ def _tasks(
 
 
 def _digested(config: DownloadConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=NOT_IN_DIGEST)
+    about = config.model_dump(mode="json", exclude=NOT_IN_DIGEST)
+    return about | {"dedup": "none"} if config.dedup == "sha256" else about  # its marks lie beside the shards
 
 
 def _download(
@@ -241,9 +294,13 @@ def policy(config: DownloadConfig, pairs: Path, num_processes: int) -> Iterator[
         )
 
 
+def _attempted(totals: Counter[str]) -> int:
+    return totals.total() - totals["duplicate"] - totals["forgotten"]
+
+
 def _check_success(config: DownloadConfig, totals: Counter[str], report: Report) -> None:
     """Rows that were not to be asked for are no failures."""
-    attempted = sum(totals.values()) - totals["duplicate"] - totals["forgotten"]
+    attempted = _attempted(totals)
     if attempted and totals["ok"] < config.min_success * attempted:
         failures = ", ".join(f"{code} {number}" for code, number in totals.most_common() if code != "ok")
         raise TooFewSucceeded(

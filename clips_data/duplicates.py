@@ -57,6 +57,15 @@ def marked_by(pairs: Path) -> Identity | None:
     return "phash" if known.config["by"] == "phash" else "sha256"
 
 
+def num_without(pairs: Path, by: Identity) -> int:
+    """Images whose shards were made without this hash."""
+    import polars as pl
+
+    table = measure.scan(pairs, ledger.finished_units(pairs), {"status": pl.String, by: pl.String})
+    missing = (pl.col("status") == schema.STATUS_SUCCESS) & pl.col(by).is_null()
+    return int(table.select(missing.sum()).collect().item() or 0)
+
+
 def is_current(pairs: Path) -> bool:
     """Whether duplicates were marked, and among just the shards that are finished now."""
     known = ledger.read_sidecar(pairs / FOLDER, UNIT)

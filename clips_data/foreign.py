@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from clips_data import images, ledger, schema, tars
 from clips_data.decoder import Decoder
 from clips_data.errors import UserError
-from clips_data.redact import host_of, redact
+from clips_data.redact import host_of, redact, without_secrets
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -257,7 +257,7 @@ def _plain_row(key: str, about: Mapping[str, Any]) -> dict[str, Any]:
 def _listed_row(theirs: Mapping[str, Any], found: Mapping[str, Any] | None, content: Content) -> dict[str, Any]:
     """A row of img2dataset's table with what its tar holds; where they disagree, the tar is right."""
     key, success = theirs["key"], theirs["status"] == schema.STATUS_SUCCESS
-    listed = {_our_name(name): value for name, value in theirs.items() if name not in _THEIRS}
+    listed = {_our_name(name): without_secrets(value) for name, value in theirs.items() if name not in _THEIRS}
     if found is None:
         if success:
             content.differs("rows that say success without a sample in the tar", key)
@@ -275,7 +275,8 @@ def _absent(theirs: Mapping[str, Any], success: bool) -> dict[str, Any]:
     if success:
         return {"status": "failed_to_download", "code": "internal", "error_message": "the tar lacks this sample"}
     message = theirs["error_message"] or "no reason given"
-    code = code_of(message)
+    own = theirs.get("code")  # pairs that clips made
+    code = own if own in schema.DOWNLOAD_CODES else code_of(message)
     if code == "bad_url":  # Python's message quotes the URL, in pieces
         message = "not a URL that can be fetched"
     status = theirs["status"] if theirs["status"] in schema.STATUSES else "failed_to_download"

@@ -65,6 +65,17 @@ def import_carried(
     return dict(_sidecar(out, unit).counts)
 
 
+def carried_columns(work: Path) -> dict[str, tuple[str, str]]:
+    """The columns under ``work`` that were carried by lists: name → (list column, model)."""
+    found = {}
+    for folder in sorted((work / schema.CAPTIONS).glob("*/")):
+        for unit in ledger.finished_units(folder)[:1]:
+            config = _sidecar(folder, unit).config
+            if config.get("engine") == ENGINE and "list_column" in config:
+                found[folder.name] = config["list_column"], config["model"]
+    return found
+
+
 def import_all_carried(
     work: Path, captions: Mapping[str, str], *, model: str = "unknown", overwrite: bool = False
 ) -> Report:

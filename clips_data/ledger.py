@@ -279,6 +279,8 @@ def readable_disk_errors(where: Path) -> Iterator[None]:
             errno.EROFS: "the file system is read-only",
             errno.EACCES: "you have no right to write there",
             errno.EFBIG: "the file size limit was reached",
+            errno.EPERM: "that is not permitted there",
+            errno.ENOTDIR: "a part of the path is a file",
         }
         if error.errno not in reasons:
             raise
@@ -288,13 +290,22 @@ def readable_disk_errors(where: Path) -> Iterator[None]:
         ) from error
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The folder {folder} cannot be made: {error.strerror}. Name another --work or --out."
+        ) from None
+
+
 @contextlib.contextmanager
 def locked(folder: Path, name: str = "lock", *, wait: bool = True) -> Iterator[None]:
     """Holds an exclusive lock in ``folder`` among processes of this machine; it ends with its holder.
 
-    Without ``wait`` a lock that another process holds is a ``UserError``.
+    Without ``wait`` a lock that another process holds is a ``UserError``, and so is a folder that cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     with (folder / f".{name}").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -302,6 +313,29 @@ def locked(folder: Path, name: str = "lock", *, wait: bool = True) -> Iterator[N
             raise UserError(
                 f"Another clips process is at work in {folder} ({name}). Wait for it, or give this one another --out."
             ) from None
+        yield
+
+
+@contextlib.contextmanager
+def shared(folder: Path, name: str, use: str) -> Iterator[None]:
+    """Lets processes of this machine into ``folder`` together that make the same ``use`` of it, and no others.
+
+    Raises ``UserError`` while somebody is at work there who named another use.
+    """
+    _make(folder)
+    path = folder / f".{name}"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.write_text(use)
+        except BlockingIOError:
+            fcntl.flock(file, fcntl.LOCK_SH)  # waits while somebody writes the use, which is no time
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if path.read_text() != use:
+            raise UserError(
+                f"Another clips process is at work in {folder} ({path.read_text()}; this one: {use}). Wait for it, or "
+                "give this one another --out."
+            )
         yield
 
 

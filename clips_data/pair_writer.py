@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from clips_data import ledger, schema
-from clips_data.redact import host_of, redact
+from clips_data.redact import host_of, redact, without_secrets
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -119,7 +119,7 @@ class PairWriter:
         if evidence["code"] == "forgotten":  # nothing of what was forgotten comes back
             kept = {"key": key, "status": "failed_to_download", "code": "forgotten"}
             return row | kept | {"retry_of": meta.get("retry_of")}
-        row |= {name: meta[name] for name in self.list_columns}
+        row |= {name: without_secrets(meta[name]) for name in self.list_columns}
         row |= {name: meta[name] for name in _FROM_IMG2DATASET}
         row |= {name: evidence.get(name) or None for name in _EVIDENCE}
         return row | {
@@ -136,7 +136,7 @@ class PairWriter:
         key = row["key"]
         self._tar.add(f"{key}.{row['image_ext']}", image)
         self._tar.add(f"{key}.txt", (row.get("caption") or "").encode())
-        known = {name: value for name, value in row.items() if value is not None}
+        known = {name: value for name, value in row.items() if value is not None and value == value}  # JSON has no NaN
         self._tar.add(f"{key}.json", json.dumps(known, sort_keys=True, ensure_ascii=False, default=str).encode())
 
     def close(self) -> None:

@@ -21,6 +21,8 @@ _SECRET_PREFIXES = ("x-amz-", "x-goog-", "x-oss-", "x-cos-")
 _SECRET_ENDINGS = ("token", "_sig", "signature", "_key", "-key", "secret")
 # A long run of letters and digits may be a signature under a name that nobody can list.
 _LONG_VALUE = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9+/=_%.~-]{24,}")
+_PATH_PARAMETER = re.compile(r";([^;/]*)")
+_LOOKS_LIKE_URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://\S+\s*")
 
 
 def redact(url: str) -> str:
@@ -35,8 +37,14 @@ def redact(url: str) -> str:
         netloc = _without_password(parts)
     except ValueError:
         return re.sub(r"[^/]*@", f"{REDACTED}@", re.split(r"[?#]", url, maxsplit=1)[0])
-    query = "&".join(_redacted_pair(pair) for pair in parts.query.split("&")) if parts.query else ""
-    return parts._replace(netloc=netloc, query=query, fragment="").geturl()
+    query = "".join(_redacted_pair(piece) for piece in re.split("([&;])", parts.query))
+    path = _PATH_PARAMETER.sub(lambda found: ";" + _redacted_pair(found[1]), parts.path)
+    return parts._replace(netloc=netloc, path=path, query=query, fragment="").geturl()
+
+
+def without_secrets(value: object) -> object:
+    """``value``, redacted where it is a text that looks like a URL: lists carry URLs in other columns too."""
+    return redact(value) if isinstance(value, str) and _LOOKS_LIKE_URL.fullmatch(value) else value
 
 
 def host_of(url: str) -> str:
@@ -61,7 +69,7 @@ def _redacted_pair(pair: str) -> str:
         and (word in _SECRET_NAMES or word.startswith(_SECRET_PREFIXES) or word.endswith(_SECRET_ENDINGS))
     ):
         return f"{name}={REDACTED}"
-    if _LONG_VALUE.fullmatch(value):
+    if _LONG_VALUE.fullmatch(value) or (word == "key" and value):  # an access key, or what tells the image
         return f"{name}={REDACTED}-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
     if not equals and _LONG_VALUE.fullmatch(name):
         return f"{REDACTED}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -51,14 +51,24 @@ class Sample:
         found = [
             f"sample of {self.num_rows} of {self.list_rows} URLs: {good}",
             f"DNS: {self.hosts_resolved} of {self.hosts} hosts resolved, median {self.dns_ms_median:.1f} ms",
-            f"at {self.urls_per_s:.1f} URLs/s of one process the list takes {self.estimated_s / 3600:.2f} h and "
-            f"{self.estimated_bytes / 1e9:.3f} GB",
+            f"at {self.urls_per_s:.1f} URLs/s of one process the list takes {_duration(self.estimated_s)} and "
+            f"{self.estimated_bytes / 1e6:,.1f} MB",
         ]
         if self.hosts_resolved < 0.9 * self.hosts:
             found.append(
                 "Many hosts do not resolve: name resolvers of your own with --dns-servers, or lower --threads."
             )
         return found
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds >= 3600
+        else f"{seconds / 60:.1f} min"
+        if seconds >= 60
+        else f"{seconds:.1f} s"
+    )
 
 
 def measure(config: DownloadConfig, num_rows: int) -> Sample:

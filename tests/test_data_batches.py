@@ -90,7 +90,7 @@ def test_retry_tries_only_the_named_failures_again_and_leaves_finished_shards_al
     pages.broken = {5: 500}
     report = run(source, tmp_path, job={"retry": ("http_5xx", "dns")})
     assert pages.hits - asked == Counter({1: 1, 5: 1})
-    assert [path.name for path in report.units] == ["00002.tar"]
+    assert (report.made, [path.name for path in report.units]) == (1, ["00000.tar", "00001.tar", "00002.tar"])
     again = rows(tmp_path).tail(2)
     assert again["code"].to_list() == ["ok", "http_5xx"]
     assert again["retry_of"].to_list() == ["000000001", "000010001"]
@@ -108,7 +108,7 @@ def test_a_second_retry_takes_only_what_still_fails_and_a_third_finds_nothing(pa
     run(source, tmp_path, job={"retry": ("http_5xx",)})
     assert rows(tmp_path)["retry_of"].to_list()[4:] == ["000000001", "000000003", "000000003"]
     report = run(source, tmp_path, job={"retry": ("http_5xx",)})
-    assert report.units == []
+    assert report.made == 0
     assert len(rows(tmp_path)) == 7
 
 
@@ -289,6 +289,97 @@ def test_after_a_retry_success_is_judged_by_what_the_list_has_come_to(pages: Web
     run(source, tmp_path, job={"retry": ("http_5xx",)}, min_success=0.75)
     with pytest.raises(TooFewSucceeded, match="3 of 4 URLs succeeded"):
         run(source, tmp_path, job={"retry": ("http_4xx",)}, min_success=0.9)
+    plain = run(source, tmp_path, min_success=0.75)
+    assert plain.made == 0
+    assert [path.name for path in plain.units] == ["00000.tar", "00001.tar", "00002.tar", "00003.tar"]
+    other = write_list(tmp_path / "other.parquet", [pages.url(8), pages.url(9)])
+    assert run(other, tmp_path, job={"append": True}, min_success=1.0).counts == {"ok": 2}
+
+
+def test_another_unfinished_retry_is_given_first(pages: Web, tmp_path: Path) -> None:
+    pages.broken = {0: 500, 1: 404, 2: 500}
+    source = write_list(tmp_path / "list.parquet", [pages.url(number) for number in range(4)])
+    run(source, tmp_path)
+    run(source, tmp_path, job={"retry": ("http_5xx",), "limit": 1})
+    with pytest.raises(ResumeRefused, match="--retry http_5xx"):
+        run(source, tmp_path, job={"retry": ("http_4xx",)})
+    run(source, tmp_path, job={"retry": ("http_5xx",)})
+    run(source, tmp_path, job={"retry": ("http_4xx",)})
+    assert rows(tmp_path)["retry_of"].to_list()[4:] == ["000000000", "000000002", "000000001"]
+
+
+def test_slices_take_part_in_one_retry_whoever_comes_first(pages: Web, tmp_path: Path) -> None:
+    pages.broken = {1: 404}
+    source = write_list(tmp_path / "list.parquet", [pages.url(number) for number in range(4)])
+    run(source, tmp_path)
+    for part in ("0/2", "1/2"):
+        run(source, tmp_path, job={"retry": ("http_4xx",), "slice": part})
+    assert [batch.kind for batch in batches.read_all(tmp_path / "pairs")] == ["list", "retry"]
+    assert len(rows(tmp_path)) == 5
+
+
+def test_jobs_of_another_slicing_are_kept_out_and_their_leavings_removed(pages: Web, tmp_path: Path) -> None:
+    source = write_list(tmp_path / "list.parquet", [pages.url(number) for number in range(8)])
+    with (
+        ledger.shared(tmp_path / "pairs", "slicing", "slices of 2"),
+        pytest.raises(UserError, match="slices of 2; this one: slices of 1"),
+    ):
+        run(source, tmp_path)
+    with ledger.shared(tmp_path / "pairs", "slicing", "slices of 2"):
+        run(source, tmp_path, job={"slice": "1/2"})
+    (tmp_path / "pairs" / "_list-0-of-2").mkdir()
+    run(source, tmp_path)
+    assert ledger.finished_units(tmp_path / "pairs") == ["00000", "00001"]
+    assert not list((tmp_path / "pairs").glob("_list-*"))
+
+
+def test_marking_duplicates_later_downloads_nothing_again(pages: Web, tmp_path: Path) -> None:
+    source = write_list(tmp_path / "list.parquet", [pages.url(0), pages.url(1), pages.url(0)])
+    run(source, tmp_path)
+    asked = pages.hits.copy()
+    report = run(source, tmp_path, dedup="sha256")
+    assert pages.hits == asked
+    assert report.facts["images_marked_as_duplicates"] == 1
+
+
+def test_more_patience_is_no_other_config(pages: Web, tmp_path: Path) -> None:
+    source = write_list(tmp_path / "list.parquet", [pages.url(0)])
+    run(source, tmp_path)
+    assert run(source, tmp_path, timeout_s=99.0, retries=5, max_wait_s=1.0).skipped == 1
+
+
+def test_what_an_append_or_a_limit_leaves_out_is_said(pages: Web, tmp_path: Path) -> None:
+    cut = run(write_list(tmp_path / "a.parquet", [pages.url(0), pages.url(1), ""]), tmp_path, job={"limit": 1})
+    assert cut.made == 0
+    assert "cut by --limit" in cut.notes[0]
+    run(write_list(tmp_path / "a.parquet", [pages.url(0), pages.url(1), ""]), tmp_path)
+    longer = write_list(tmp_path / "b.parquet", [pages.url(1), pages.url(2), ""])
+    report = run(longer, tmp_path, job={"append": True})
+    assert "1 of 3 rows of the list have a URL that was tried before" in report.notes
+    assert report.counts == {"ok": 1, "bad_url": 1}
+
+
+def test_a_dry_run_writes_nothing_at_all(pages: Web, tmp_path: Path) -> None:
+    source = write_list(tmp_path / "a.parquet", [pages.url(0)])
+    assert run(source, tmp_path / "work", job={"dry_run": True}).facts["urls_to_do"] == 1
+    assert not (tmp_path / "work").exists()
+
+
+def test_columns_that_a_first_list_carried_are_completed_for_a_second(pages: Web, tmp_path: Path) -> None:
+    columns = {"re_caption": ["one", "two"], "org_caption": ["a", "b"], "sha256": ["0" * 64] * 2}
+    recap = write_list(tmp_path / "recap.parquet", [pages.url(0), pages.url(1)], **columns)
+    run(recap, tmp_path)
+    run(write_list(tmp_path / "plain.parquet", [pages.url(2)]), tmp_path, job={"append": True})
+    tables = [pl.read_parquet(path) for path in sorted((tmp_path / "captions" / "recap").glob("*.parquet"))]
+    assert [table["caption"].to_list() for table in tables] == [["one", "two"], [""]]
+
+
+def test_urls_in_other_columns_lose_their_secrets_too(pages: Web, tmp_path: Path) -> None:
+    source = write_list(tmp_path / "a.parquet", [pages.url(0)], thumb=[f"http://u:{SECRET}@h/t.jpg?w=1"])
+    run(source, tmp_path)
+    assert rows(tmp_path)["thumb"].to_list() == ["http://REDACTED@h/t.jpg?w=1"]
+    (sample,) = tars.read_samples(tmp_path / "pairs" / "00000.tar")
+    assert SECRET not in sample.members["json"].decode()
 
 
 def test_too_few_successes_come_with_the_report_of_what_was_made(pages: Web, tmp_path: Path) -> None:
@@ -369,3 +460,12 @@ def test_other_shard_rows_are_refused_and_never_cost_other_lists(pages: Web, tmp
     with pytest.raises(ResumeRefused, match="--shard-rows is 3 now"):
         run(second, tmp_path, job={"overwrite": True}, shard_rows=3)
     assert len(rows(tmp_path)) == 5
+
+
+def test_images_that_came_without_a_phash_are_counted_where_duplicates_are_told_by_it(
+    pages: Web, tmp_path: Path
+) -> None:
+    first = run(write_list(tmp_path / "a.parquet", [pages.url(0), pages.url(0)]), tmp_path, dedup="phash")
+    assert first.facts["images_marked_as_duplicates"] == 1
+    report = run(write_list(tmp_path / "b.parquet", [pages.url(1)]), tmp_path, job={"append": True})
+    assert any(note.startswith("1 images have no phash") for note in report.notes)

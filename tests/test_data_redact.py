@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clips_data.redact import host_of, redact
+from clips_data.redact import host_of, redact, without_secrets
 
 SECRET = "Zm9vYmFyYmF6cXV4MTIzNDU2Nzg5MA"
 
@@ -24,6 +24,9 @@ SECRET = "Zm9vYmFyYmF6cXV4MTIzNDU2Nzg5MA"
         f"https://example.com/a.jpg?nobody_knows={SECRET}",
         f"https://example.com/a.jpg?{SECRET}",
         f"https://example.com/a.jpg#{SECRET}",
+        f"https://example.com/a.jpg?w=1;token={SECRET}",
+        f"https://example.com/a.jpg;jsessionid={SECRET}/b?w=1",
+        f"https://example.com/a.jpg?key={SECRET}",
         f"not a url?sig={SECRET}",
         f"http://[broken?sig={SECRET}",
         f"http://user:{SECRET}@[broken/",
@@ -45,6 +48,13 @@ def test_urls_that_differ_in_a_long_value_stay_different_and_renewed_signatures_
     long = "0123456789abcdef0123456789abcde"
     assert redact(f"https://e.com/?id={long}f") != redact(f"https://e.com/?id={long}e")
     assert redact("https://e.com/a?X-Amz-Signature=1") == redact("https://e.com/a?X-Amz-Signature=2")
+
+
+def test_texts_that_are_no_urls_are_left_alone() -> None:
+    texts = ["see https://e.com/a#b for more", "a caption", "", None, 7, "https://e.com/a?token=1 and more"]
+    assert [without_secrets(text) for text in texts] == texts
+    assert without_secrets("https://e.com/a?token=1") == "https://e.com/a?token=REDACTED"
+    assert redact("https://e.com/a?key=1") != redact("https://e.com/a?key=2"), "a key may be what tells two images"
 
 
 @given(st.text())
