@@ -149,18 +149,15 @@ def _take_carried(url_list: sources.UrlList, pairs: Path, job: Job, report: Repo
     for column, list_column in url_list.captions.items():
         carried.setdefault(column, (list_column, url_list.adapter or "unknown"))
     for column, (list_column, model) in carried.items():
-        out, counts = job.work / schema.CAPTIONS / column, Counter[str]()
         try:
-            for unit in ledger.finished_units(pairs):
-                counts.update(
-                    imported.import_carried(
-                        pairs, unit, out, column, list_column, model=model, required=False, overwrite=job.overwrite
-                    )
-                )
+            taken = imported.import_all_carried(
+                job.work, {column: list_column}, pairs=pairs, model=model, overwrite=job.overwrite
+            )
         except ResumeRefused as refused:  # the pairs are finished all the same
             report.notes.append(f"captions/{column} was not taken from the list: {str(refused).splitlines()[0]}")
             continue
-        report.notes.append(f"captions/{column}: {counts['ok']} of {counts.total()} images have one in the list")
+        good, images = taken.counts.get("ok", 0), sum(taken.counts.values())
+        report.notes.append(f"captions/{column}: {good} of {images} images have one in the list")
 
 
 def _look_back(config: DownloadConfig, pairs: Path, units: list[str], report: Report) -> None:

@@ -77,14 +77,19 @@ def carried_columns(work: Path) -> dict[str, tuple[str, str]]:
 
 
 def import_all_carried(
-    work: Path, captions: Mapping[str, str], *, model: str = "unknown", overwrite: bool = False
+    work: Path,
+    captions: Mapping[str, str],
+    *,
+    pairs: Path | None = None,
+    model: str = "unknown",
+    overwrite: bool = False,
 ) -> Report:
-    """``import_carried`` for all finished shards of ``work/pairs`` and several columns (name → list column).
+    """``import_carried`` for all finished shards of ``pairs`` (default ``work/pairs``) and several columns.
 
-    Shards of other lists, which lack a column, get empty captions; a column that no shard has is a ``UserError``.
+    ``captions`` maps names to list columns. Shards of other lists, which lack a column, get empty captions; a column that no shard has is a ``UserError``.
     """
     started = time.monotonic()
-    pairs = work / schema.PAIRS
+    pairs = pairs or work / schema.PAIRS
     report, units = Report("import"), _units(pairs)
     for column, list_column in captions.items():
         out = work / schema.CAPTIONS / column
