@@ -86,7 +86,8 @@ def import_all_carried(
 ) -> Report:
     """``import_carried`` for all finished shards of ``pairs`` (default ``work/pairs``) and several columns.
 
-    ``captions`` maps names to list columns. Shards of other lists, which lack a column, get empty captions; a column that no shard has is a ``UserError``.
+    ``captions`` maps names to list columns. Shards of other lists, which lack a column, get empty captions; a column
+    that no shard has is a ``UserError``.
     """
     started = time.monotonic()
     pairs = pairs or work / schema.PAIRS
