@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from clips_data import ledger, parts, schema
+from clips_data import ledger, locks, parts, schema
 from clips_data.errors import ResumeRefused, UsageError, did_you_mean
 from clips_data.parts import PartWriter
 from clips_data.redact import redact
@@ -76,7 +76,7 @@ def choose(
     if retry and append:
         raise UsageError("--retry and --append are two different intakes. Give one after the other.")
     fingerprint = _fingerprint(url_list)
-    with contextlib.nullcontext() if dry_run else ledger.locked(pairs, "batches"):
+    with contextlib.nullcontext() if dry_run else locks.locked(pairs, "batches"):
         known, units = read_all(pairs), ledger.finished_units(pairs)
         same = [batch for batch in known if batch.fingerprint == fingerprint]
         if retry:

@@ -28,6 +28,7 @@ from clips_data import (
     images,
     imported,
     ledger,
+    locks,
     pair_stats,
     schema,
     sources,
@@ -91,7 +92,7 @@ def run(config: DownloadConfig, job: Job) -> Report:
     units = [unit for intake in intakes for unit in map(schema.shard_name, intake.shards) if unit in finished]
     report.units = [pairs / f"{unit}.tar" for unit in units]
     if units:
-        with ledger.locked(pairs, "look-back"):  # the jobs of an array end when they like
+        with locks.locked(pairs, "look-back"):  # the jobs of an array end when they like
             _take_carried(url_list, pairs, job, report)
             _look_back(config, pairs, units, report)
     report.seconds = time.monotonic() - started
@@ -119,11 +120,11 @@ def _at_work(pairs: Path, job: Job) -> Iterator[Path]:
             yield Path(stack.enter_context(tempfile.TemporaryDirectory())) / "list"
             return
         slices = f"slices of {executor.parse_slice(job.slice)[1]}"
-        stack.enter_context(ledger.shared(pairs, "slicing", slices))
+        stack.enter_context(locks.shared(pairs, "slicing", slices))
         for left in pairs.glob("_list-*"):
             if not left.name.endswith(f"-of-{executor.parse_slice(job.slice)[1]}"):
                 shutil.rmtree(left)
-        yield stack.enter_context(ledger.scratch(pairs, f"list-{_part(job)}"))
+        yield stack.enter_context(locks.scratch(pairs, f"list-{_part(job)}"))
 
 
 def _how_much(job: Job, batch: batches.Batch, list_rows: int, num_cut: int) -> Iterator[str]:

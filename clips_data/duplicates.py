@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from clips_data import ledger, measure, schema
+from clips_data import ledger, locks, measure, schema
 from clips_data.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def write(pairs: Path, by: Identity) -> int:
     such a hash.
     """
     folder = pairs / FOLDER
-    with ledger.readable_disk_errors(folder), ledger.locked(folder):
+    with ledger.readable_disk_errors(folder), locks.locked(folder):
         inputs, config = _inputs(pairs), {"by": by}
         known = ledger.read_sidecar(folder, UNIT)
         if known is None or known.inputs != inputs or known.config != config:
@@ -137,11 +137,7 @@ def _table(pairs: Path) -> Path:
 
 
 def _inputs(pairs: Path) -> dict[str, str]:
-    digests = {}
-    for unit in ledger.finished_units(pairs):
-        sidecar = ledger.read_sidecar(pairs, unit)
-        assert sidecar is not None
-        digests[unit] = sidecar.digest
+    digests = ledger.digests_of(pairs)
     if not digests:
         raise UserError(f"{pairs} holds no finished shards. Run `clips download` first.")
     return {schema.PAIRS: ledger.digest_json(digests)}

@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from clips_data import duplicates, forget_traces, ledger, rewrite, schema
+from clips_data import duplicates, forget_traces, ledger, locks, rewrite, schema
 from clips_data.errors import UserError
 from clips_data.forget_plan import (
     Plan,
-    digests_of,
     draw_plan,
     inputs_of_shards,
     journals,
@@ -67,7 +66,7 @@ def forget(work: Path, wanted: Forgotten, *, dry_run: bool = False) -> Outcome:
     if not ledger.finished_units(pairs):
         raise UserError(f"{pairs} holds no finished shards. Point --work at the folder of a run.")
     outcome = Outcome()
-    with ledger.readable_disk_errors(work), ledger.locked(pairs, "forget", wait=False), _no_download(pairs):
+    with ledger.readable_disk_errors(work), locks.locked(pairs, "forget", wait=False), _no_download(pairs):
         if (pairs / PLAN).exists() and dry_run:
             raise UserError(
                 f"An earlier `clips forget` was stopped half-way, see {pairs / PLAN}. Run it again without --dry-run "
@@ -91,9 +90,9 @@ def forget(work: Path, wanted: Forgotten, *, dry_run: bool = False) -> Outcome:
 @contextlib.contextmanager
 def _no_download(pairs: Path) -> Iterator[None]:
     """A download at work holds the lock of its list. A list without one is what a killed download left."""
-    with contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as held:
         for folder in sorted(pairs.glob("_list-*")):
-            locks.enter_context(ledger.locked(pairs, folder.name.removeprefix("_"), wait=False))
+            held.enter_context(locks.locked(pairs, folder.name.removeprefix("_"), wait=False))
         yield
 
 
@@ -185,7 +184,7 @@ def _renamed(work: Path, plan: Plan) -> dict[str, str | None]:
     """Digest of an input before → now; ``None`` where there is no such input any more."""
     renamed: dict[str, str | None] = {}
     for name, before in plan.digests.items():
-        now = digests_of(work / name)
+        now = ledger.digests_of(work / name)
         renamed |= {digest: now[unit] for unit, digest in before.items() if unit in now}
     for units, before in zip(plan.unit_sets, plan.inputs, strict=True):
         folders = [work / name for name in plan.digests if name in before]

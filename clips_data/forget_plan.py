@@ -98,14 +98,14 @@ def draw_plan(work: Path, matching: Matching) -> Plan:
     """Where the keys are, and every digest that will be another one."""
     pairs, gone = work / schema.PAIRS, matching.keys
     touched = {schema.PAIRS: sorted({_unit_of(key) for key in gone})}
-    digests = {schema.PAIRS: digests_of(pairs)}
+    digests = {schema.PAIRS: ledger.digests_of(pairs)}
     removed = {
         "pairs rows": (len(gone), matching.num_rows),
         "pairs images": (matching.num_images_gone, matching.num_images),
     }
     for folder in tables(work):
         name = folder.relative_to(work).as_posix()
-        digests[name] = digests_of(folder)
+        digests[name] = ledger.digests_of(folder)
         holds = {
             unit: gone & _keys(folder / f"{unit}.parquet") for unit in touched[schema.PAIRS] if unit in digests[name]
         }
@@ -145,16 +145,6 @@ def draw_plan(work: Path, matching: Matching) -> Plan:
 
 def _unit_of(key: str) -> str:
     return key[: schema.SHARD_DIGITS]
-
-
-def digests_of(folder: Path) -> dict[str, str]:
-    """The digest of every finished unit."""
-    found = {}
-    for unit in ledger.finished_units(folder):
-        sidecar = ledger.read_sidecar(folder, unit)
-        assert sidecar is not None
-        found[unit] = sidecar.digest
-    return found
 
 
 def _check_intact(folder: Path, units: list[str]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from clips_data import caption_table, joined, ledger, schema
+from clips_data import caption_table, joined, ledger, locks, schema
 from clips_data.errors import UserError
 from clips_data.executor import Report
 from clips_data.recaption import clean
@@ -131,7 +131,7 @@ def import_table(
     pairs, out = work / schema.PAIRS, work / schema.CAPTIONS / column
     units = _units(pairs)
     out.mkdir(parents=True, exist_ok=True)
-    with ledger.scratch(out, "import") as scratch:
+    with locks.scratch(out, "import") as scratch:
         source = CaptionTable(str(table), text_column, by, table_key, scratch)
         config = _config(column, model or source.set_name, {"text_column": text_column, "by": by, "key": source.key})
         inputs_of = {unit: {schema.PAIRS: _sidecar(pairs, unit).digest, "table": source.digest} for unit in units}

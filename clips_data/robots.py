@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from clips_data import ledger
+from clips_data import ledger, locks
 from clips_data.addresses import Refused
 from clips_data.errors import UserError
 from clips_data.once import Answer, OnceCache
@@ -112,7 +112,7 @@ def _look_up(origin: Origin, folder: Path | None, ask: Callable[[str], Heard]) -
     path = folder / digest[:2] / f"{digest[:32]}.json"
     try:
         # One of 4096 locks that all origins share: a lock per origin would leave a file behind for each.
-        with ledger.locked(folder, f"lock-{digest[:LOCK_DIGITS]}"):
+        with locks.locked(folder, f"lock-{digest[:LOCK_DIGITS]}"):
             known = _read(path)
             if known is not None and known[1] < _keep_s(known[0]):
                 return known

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from clips_data import draws, executor, joined, ledger, schema, tars
+from clips_data import draws, executor, joined, ledger, locks, schema, tars
 from clips_data.config import ShardConfig
 from clips_data.errors import ResumeRefused, UserError
 from clips_data.executor import Job, Report
@@ -137,7 +137,7 @@ def _write(writing: Writing, given: joined.Inputs, job: Job, overwrite: bool, re
                 _note(writing.out, tar.unit, report)
         report.add({"dropped_without_caption": dropped} if dropped else {})
         if all(tar.unit in finished for tar in planned):
-            with ledger.locked(writing.out):
+            with locks.locked(writing.out):
                 ledger.write_json(writing.out / INDEX_FILE, _index(writing, planned, dropped))
         else:
             report.facts["shards_missing"] = sum(tar.unit not in finished for tar in planned)

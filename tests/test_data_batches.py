@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from clips_data import batches, download, forgotten, ledger, tars
+from clips_data import batches, download, forgotten, ledger, locks, tars
 from clips_data.config import DownloadConfig
 from clips_data.demo import web
 from clips_data.errors import ResumeRefused, TooFewSucceeded, UsageError, UserError
@@ -199,7 +199,7 @@ def test_what_makes_no_sense_is_said(
 def test_two_downloads_into_one_folder_do_not_meet(pages: Web, tmp_path: Path) -> None:
     source = write_list(tmp_path / "a.parquet", [pages.url(0)])
     with (
-        ledger.locked(tmp_path / "pairs", "list-0-of-1"),
+        locks.locked(tmp_path / "pairs", "list-0-of-1"),
         pytest.raises(UserError, match="Another clips process is at work"),
     ):
         run(source, tmp_path)
@@ -321,11 +321,11 @@ def test_slices_take_part_in_one_retry_whoever_comes_first(pages: Web, tmp_path:
 def test_jobs_of_another_slicing_are_kept_out_and_their_leavings_removed(pages: Web, tmp_path: Path) -> None:
     source = write_list(tmp_path / "list.parquet", [pages.url(number) for number in range(8)])
     with (
-        ledger.shared(tmp_path / "pairs", "slicing", "slices of 2"),
+        locks.shared(tmp_path / "pairs", "slicing", "slices of 2"),
         pytest.raises(UserError, match="slices of 2; this one: slices of 1"),
     ):
         run(source, tmp_path)
-    with ledger.shared(tmp_path / "pairs", "slicing", "slices of 2"):
+    with locks.shared(tmp_path / "pairs", "slicing", "slices of 2"):
         run(source, tmp_path, job={"slice": "1/2"})
     (tmp_path / "pairs" / "_list-0-of-2").mkdir()
     run(source, tmp_path)

@@ -18,7 +18,7 @@ import pairsmaker
 import pyarrow.parquet as pq
 import pytest
 
-from clips_data import adopt, duplicates, ledger, rewrite, schema, score, shard, tars
+from clips_data import adopt, duplicates, ledger, locks, rewrite, schema, score, shard, tars
 from clips_data import forget as room
 from clips_data.config import ScoreConfig, ShardConfig
 from clips_data.errors import ResumeRefused, UsageError, UserError
@@ -421,7 +421,7 @@ def test_what_killed_runs_left_goes_too(work: Path) -> None:
 def test_a_download_at_work_is_not_disturbed(work: Path) -> None:
     before = content(work)
     (work / "pairs" / "_list-0-of-1").mkdir()
-    with ledger.locked(work / "pairs", "list-0-of-1"), pytest.raises(UserError, match="Another clips process"):
+    with locks.locked(work / "pairs", "list-0-of-1"), pytest.raises(UserError, match="Another clips process"):
         forget(work, asked_for(hosts=["bad.test"]))
     assert content(work) == before
 
