@@ -37,7 +37,7 @@ class StageCommand(ConfigCommand):
         return [click.Option(["--name", "run_name"], metavar="TEXT", help=text)]
 
     def _run(self, config: BaseModel, job: Job, context: click.Context) -> None:
-        from clips_data.errors import TooFewSucceeded
+        from clips_data.errors import EndedShort
         from clips_data.executor import stop_on_sigterm
 
         from .present import say, show_report
@@ -48,7 +48,7 @@ class StageCommand(ConfigCommand):
         say(f"{self.stage.name}: writing to {self.stage.output(config, job, run)}", quiet=job.quiet or job.dry_run)
         try:
             report = self.stage.call(self.stage, config, job, run)
-        except TooFewSucceeded as error:
+        except EndedShort as error:
             if error.report is not None:
                 show_report(error.report, as_json=given["as_json"], quiet=job.quiet)
             raise

@@ -18,28 +18,22 @@ def score_run(run: Path, *, quiet: bool) -> dict[str, float]:
     Writes ``eval/facts.json``, prints both side by side, and returns precision and recall of each. Empty when the
     samples do not come from the demo world. A missing caption counts as one that found nothing.
     """
-    from clips_data.demo import facts, scenes
+    from clips_data.demo import truth
     from clips_data.ledger import write_json
 
     path = run / "eval" / CAPTIONS
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    scores: dict[str, list[Any]] = {"mllm": [], "clips": []}
-    for row in rows:
-        place = row["extra"].get("scene")
-        if place is not None:
-            world, index = (int(part) for part in place.split("/"))
-            scene = scenes.make_scene(world, index)
-            scores["mllm"].append(facts.score(row["synthetic"], scene))
-            scores["clips"].append(facts.score(row["caption"], scene))
-    if not scores["clips"]:
+    shown = [(row, truth.scene_named(row["extra"]["scene"])) for row in rows if row["extra"].get("scene") is not None]
+    if not shown:
         return {}
-    totals = {name: facts.total(each) for name, each in scores.items()}
-    num_captions = len(scores["clips"])
+    columns = {"mllm": "synthetic", "clips": "caption"}
+    totals = {name: truth.judge((row[column], scene) for row, scene in shown) for name, column in columns.items()}
+    num_captions = len(shown)
     write_json(run / "eval" / FACTS, {"num_captions": num_captions, **totals})
-    shown = [{"captioner": name, **_figures(total)} for name, total in totals.items()]
+    lines = [{"captioner": name, **_figures(total)} for name, total in totals.items()]
     present.say(f"eval: facts in {num_captions} of {len(rows)} captions", quiet=quiet)
-    columns = dict.fromkeys(name for row in shown for name in row)
-    present.say(present.table(shown, tuple(columns)), quiet=quiet)
+    heads = dict.fromkeys(name for line in lines for name in line)
+    present.say(present.table(lines, tuple(heads)), quiet=quiet)
     return {
         f"{name}_fact_{key}": figure
         for name, total in totals.items()

@@ -209,6 +209,11 @@ def common_options(names: Sequence[str]) -> list[click.Parameter]:
             help="Where worker processes run; ray takes the cluster that RAY_ADDRESS names.  "
             f"[default: {default['executor']}]",
         ),
+        "budget": click.Option(
+            ["--budget"],
+            metavar="GPUHOURS",
+            help="Stop, to be resumed later, when this much is spent: 20gpuh, or 90min of one replica.",
+        ),
         "append": click.Option(
             ["--append"], is_flag=True, help="Add the list's URLs that were never tried here as further shards."
         ),

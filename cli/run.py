@@ -15,6 +15,7 @@ from .stages import STAGES
 
 if TYPE_CHECKING:
     from clips_data.executor import Job, Report
+    from clips_data.recaption.forecast import Forecast
     from clips_data.sample import Sample
 
     from .manifest import Manifest
@@ -32,8 +33,8 @@ EXAMPLES: Final = {
 }
 ABOUT: Final = {
     "run": "Running it again goes on where it stopped. Outputs are under the manifest's `work`, or under --work.",
-    "plan": "Nothing is written. Some URLs are tried where a download is to run. "
-    "A stage after a changed one is done again only where its inputs differ.",
+    "plan": "Nothing is written. Some URLs are tried where a download is to run, some rows captioned where captions "
+    "come next. A stage after a changed one is done again only where its inputs differ.",
     "status": "Counts, sizes and times of what is finished so far.",
 }
 
@@ -50,7 +51,7 @@ def build(name: str, summary: str) -> click.Command:
                 metavar="STAGE.KEY=VALUE",
                 help="Override one value of the manifest; may be repeated.",
             ),
-            *([_sample_option()] if name == "plan" else []),
+            *(_plan_options() if name == "plan" else []),
             *common_options(COMMON[name]),
         ],
         example=EXAMPLES[name],
@@ -58,14 +59,30 @@ def build(name: str, summary: str) -> click.Command:
     )
 
 
-def _sample_option() -> click.Option:
-    return click.Option(
-        ["--sample"],
-        type=click.IntRange(min=0),
-        default=100,
-        metavar="ROWS",
-        help="URLs to try where a download is to run: DNS, success, speed; 0 asks nothing.  [default: 100]",
-    )
+def _plan_options() -> list[click.Parameter]:
+    return [
+        click.Option(
+            ["--sample"],
+            type=click.IntRange(min=0),
+            default=64,
+            metavar="ROWS",
+            help="Rows to try first: URLs where a download is to run, captions where pairs wait for a captioner; "
+            "0 tries none.  [default: 64]",
+        ),
+        click.Option(
+            ["--gpus"],
+            type=click.IntRange(min=1),
+            default=1,
+            metavar="N",
+            help="Captioning engines to project the time for, each on a GPU of its own.  [default: 1]",
+        ),
+        click.Option(
+            ["--price"],
+            type=click.FloatRange(min=0),
+            metavar="NUMBER",
+            help="Price of one GPU for one hour, to project the cost; in any currency, shown as $.",
+        ),
+    ]
 
 
 def run(manifest: str, settings: Sequence[str], as_json: bool, debug: bool, **given: Any) -> None:
@@ -119,16 +136,26 @@ def save_resolved(manifest: Manifest) -> Path:
     return path
 
 
-def plan(manifest: str, settings: Sequence[str], sample: int, as_json: bool, debug: bool, work: Path | None) -> None:
+def plan(
+    manifest: str,
+    settings: Sequence[str],
+    sample: int,
+    gpus: int,
+    price: float | None,
+    as_json: bool,
+    debug: bool,
+    work: Path | None,
+) -> None:
     from .manifest import load_manifest
 
-    show_plan(load_manifest(manifest, settings, work), as_json=as_json, sample=sample)
+    show_plan(load_manifest(manifest, settings, work), as_json=as_json, sample=sample, gpus=gpus, price=price)
 
 
-def show_plan(manifest: Manifest, *, as_json: bool, sample: int = 0) -> None:
+def show_plan(manifest: Manifest, *, as_json: bool, sample: int = 0, gpus: int = 1, price: float | None = None) -> None:
     """Prints what would run and why. What comes after a stage that is to run waits for it.
 
-    Where a download is to run, ``sample`` of its URLs are tried first.
+    Where a download is to run, ``sample`` of its URLs are tried first; where captioning is the next to run, ``sample``
+    rows are captioned.
     """
     from . import stamps
 
@@ -143,16 +170,29 @@ def show_plan(manifest: Manifest, *, as_json: bool, sample: int = 0) -> None:
         rows.append({**row, "rows in": now.rows_in, "why": why, "bytes": present.bytes_text(now.num_bytes)})
         if would_run and not waits_for:
             waits_for = stage
-    tried = None
+    tried = forecast = None
     if sample and any(row["stage"] == "download" and row["what"] == "run" for row in rows):
         tried = _try_sample(manifest.stages["download"], sample)
+    if sample and waits_for == "recaption":
+        forecast = _caption_sample(manifest, sample)
     if as_json:
-        found = {"name": manifest.name, "work": str(manifest.work), "stages": rows}
-        print_sample = {**asdict(tried), "estimated_s": tried.estimated_s} if tried else None
-        present.print_json({**found, "sample": print_sample})
+        found: dict[str, Any] = {"name": manifest.name, "work": str(manifest.work), "stages": rows}
+        found["sample"] = {**asdict(tried), "estimated_s": tried.estimated_s} if tried else None
+        found["recaption"] = forecast.as_dict(gpus, price) if forecast else None
+        present.print_json(found)
     else:
         print(present.table(rows, ("stage", "what", "rows in", "rows", "bytes", "folder", "why")))
-        print("\n".join(tried.lines() if tried else []), end="\n" if tried else "")
+        for line in [*(tried.lines() if tried else []), *(forecast.lines(gpus, price) if forecast else [])]:
+            print(line)
+
+
+def _caption_sample(manifest: Manifest, num_rows: int) -> Forecast:
+    from clips_data.executor import Job
+    from clips_data.recaption.forecast import measure
+
+    present.say(f"recaption: captioning {num_rows} rows (--sample 0 leaves this out)")
+    config: Any = manifest.stages["recaption"]
+    return measure(config, Job(work=manifest.work), num_rows)
 
 
 def _try_sample(config: Any, num_rows: int) -> Sample | None:

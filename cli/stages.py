@@ -19,6 +19,7 @@ DATA_OPTIONS: Final = (
     "work", "out", "limit", "slice", "processes", "overwrite", "dry-run", "json", "debug", "quiet",
 )  # fmt: skip
 DOWNLOAD_OPTIONS: Final = (*DATA_OPTIONS[:5], "executor", "append", "retry", *DATA_OPTIONS[5:])
+RECAPTION_OPTIONS: Final = (*DATA_OPTIONS[:5], "executor", "budget", *DATA_OPTIONS[5:])
 RUN_OPTIONS: Final = ("work", "out", "overwrite", "dry-run", "json", "debug", "quiet")
 IN_RUN_OPTIONS: Final = ("work", "overwrite", "dry-run", "json", "debug", "quiet")
 DEFAULT_RUN: Final = "default"
@@ -105,11 +106,20 @@ def _existing(config: Any, *keys: str) -> dict[str, Path]:
     return {key: path for key, path in paths.items() if path.exists()}
 
 
-def _recaption_reads(config: Any, run: str) -> list[str]:
-    """The columns that a prompt takes in are said by the prompt file."""
+def _recaption_folder(config: Any) -> str:
+    """Of the first column that the prompt makes; further ones lie beside it."""
     from clips_data.recaption import prompts
 
-    return ["pairs", *(f"captions/{column}" for column in prompts.load(config.prompt).columns if column != "web")]
+    return f"captions/{prompts.load(config.prompt).column_names(config.column)[0]}"
+
+
+def _recaption_reads(config: Any, run: str) -> list[str]:
+    """The columns that a prompt takes in, and the scores that its gate looks at, are said by the prompt file."""
+    from clips_data.recaption import prompts
+
+    prompt = prompts.load(config.prompt)
+    gate = [f"scores/{config.scores}"] if prompt.gate is not None else []
+    return ["pairs", *(f"captions/{column}" for column in prompt.columns if column != "web"), *gate]
 
 
 def _model(config: Any, packaged: str) -> dict[str, Path]:
@@ -153,11 +163,12 @@ STAGES: Final[dict[str, Stage]] = {
             "recaption",
             "clips_data.config:RecaptionConfig",
             "clips_data.recaption.run:run",
-            folder=lambda config, run: f"captions/{config.column}",
+            folder=lambda config, run: _recaption_folder(config),
             reads=_recaption_reads,
             watches=_recaption_watches,
             about="A new prompt or model is a new column. A kill loses at most the batch in flight.",
             example="clips recaption --column synthetic --prompt describe --model llava-hf/llava-1.5-7b-hf",
+            options=RECAPTION_OPTIONS,
         ),
         Stage(
             "score",

@@ -76,7 +76,7 @@ def indented(values: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
                 yield from (f"{margin}  {line}" for line in present.table(value, list(value[0])).splitlines())
             else:
                 nested = {f"{code} (of {attempted})": number for code, number in value.items()}
-                yield from indented(nested if name == "failures" else value, depth + 1)
+                yield from indented(nested if name in ("failures", "flags") else value, depth + 1)
 
 
 def _is_line(value: Any) -> bool:

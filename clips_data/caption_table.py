@@ -26,7 +26,7 @@ def commit(
     text = dict.fromkeys(("key", "sha256", "caption", "status", "code", "finish_reason"), pa.string())
     kinds = {
         **text, "num_tokens": pa.int32(), "flags": pa.list_(pa.string()), "raw": pa.string(), "seed": pa.int64(),
-        "engine": pa.string(),
+        "engine": pa.string(), "prompt_variant": pa.string(), "request": pa.string(),
     }  # fmt: skip
     table = pa.Table.from_pylist(list(rows), schema=pa.schema(kinds, metadata=dict(metadata)))
     with ledger.readable_disk_errors(out):

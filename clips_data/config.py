@@ -106,12 +106,37 @@ class RecaptionConfig(StageConfig):
     column: str = Field("synthetic", pattern=r"^[a-z][a-z0-9_]*$", description="Name of the column to make.")
     prompt: str = Field("describe", description="Prompt file: a path, or the name of a packaged one.")
     model: str = Field(
-        "demo", description="Captioner: a folder or hub name in LLaVA layout, or 'demo' for the packaged one."
+        "demo",
+        description="Captioner: a folder or hub name, a run of ours, a name that the endpoint serves, or 'demo' for "
+        "the packaged one.",
     )
     model_revision: str | None = Field(None, description="Revision of a hub model; none takes the default branch.")
-    engine: Literal["vllm"] = Field("vllm", description="What runs the captioner.")
+    engine: Literal["auto", "vllm", "endpoint", "hf", "clips"] = Field(
+        "auto",
+        description="What runs the captioner: vllm here, an OpenAI-compatible endpoint, hf (transformers), or clips (a "
+        "run of ours); auto takes what the model and this machine ask for, and says so.",
+    )
+    endpoint: str | None = Field(
+        None, description="Base URL of an OpenAI-compatible server, for example http://127.0.0.1:8000/v1."
+    )
+    endpoint_key_env: str | None = Field(
+        None, description="Name of the environment variable that holds the endpoint's API key."
+    )
+    concurrency: int = Field(64, gt=0, description="Requests in flight to the endpoint.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Read it first.")
+    scores: str = Field("clip", description="Name of the scores that a prompt's conflict gate looks at.")
+    gate_min: float | None = Field(
+        None, description="Least score at which a web caption is fused; none takes the prompt's own."
+    )
+    reuse: tuple[str, ...] = Field(
+        (), description="Folders of finished caption columns whose answers to the same requests are taken over."
+    )
     seed: int = Field(0, ge=0, description="Seeds each row's sampling, together with its key.")
-    batch_rows: int = Field(256, gt=0, description="Rows per journalled batch: what a kill can lose.")
+    batch_rows: int = Field(
+        256,
+        gt=0,
+        description="Rows that the engine works on at a time, and per journalled batch: what a kill can lose.",
+    )
     max_model_tokens: int = Field(
         0, ge=0, description="Longest prompt plus caption in tokens; 0 takes the model's own limit."
     )

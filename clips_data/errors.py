@@ -3,9 +3,10 @@
     ClipsError              exit code
     ├── UserError           1    a file, a value or an environment that the user can mend
     ├── UsageError          2    a command line that makes no sense
-    ├── TooFewSucceeded     3    the stage finished, but fewer samples than --min-success succeeded
     ├── ResumeRefused       4    inputs or config differ from those of the work already done
-    └── Interrupted         130  stopped by a signal; running the same command again resumes
+    └── EndedShort
+        ├── TooFewSucceeded 3    the stage finished, but fewer samples than --min-success succeeded
+        └── Interrupted     130  stopped by a signal or a spent budget; running the same command again resumes
 
 Each message is one or more full sentences: what happened, where, and what to do next. Anything that is not a
 ``ClipsError`` is our own mistake and keeps its traceback.
@@ -34,17 +35,18 @@ class UsageError(ClipsError):
     exit_code = 2
 
 
-class TooFewSucceeded(ClipsError):
-    """A stage finished, but the share of samples that succeeded is below ``min_success``.
-
-    ``report`` is the stage's ``executor.Report``, to be shown all the same: what was made is finished.
-    """
-
-    exit_code = 3
+class EndedShort(ClipsError):
+    """A stage ended otherwise than wished. ``report`` is its ``executor.Report``, to be shown all the same."""
 
     def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class TooFewSucceeded(EndedShort):
+    """A stage finished, but the share of samples that succeeded is below ``min_success``."""
+
+    exit_code = 3
 
 
 class ResumeRefused(ClipsError):
@@ -53,8 +55,8 @@ class ResumeRefused(ClipsError):
     exit_code = 4
 
 
-class Interrupted(ClipsError):
-    """SIGINT or SIGTERM stopped the work at a point from which it resumes."""
+class Interrupted(EndedShort):
+    """SIGINT, SIGTERM or a spent budget stopped the work at a point from which it resumes."""
 
     exit_code = 130
 

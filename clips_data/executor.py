@@ -30,7 +30,8 @@ class Job:
     ``out`` overrides the stage's folder under ``work``; ``only`` restricts the stage to these finished shards of the
     stage before (read from stdin by the commands' ``-``); ``limit`` is the number of rows after which the stage stops
     without finishing the shard it is in. ``executor`` is ``local`` or ``ray``. ``retry`` (failure codes) and ``append``
-    make ``download`` add shards to a finished folder.
+    make ``download`` add shards to a finished folder. ``budget`` (``20gpuh``) ends ``recaption`` at a point from which
+    it resumes.
     """
 
     work: Path = Path()
@@ -45,6 +46,7 @@ class Job:
     executor: str = "local"
     retry: tuple[str, ...] = ()
     append: bool = False
+    budget: str | None = None
 
 
 @dataclass
@@ -131,6 +133,72 @@ def map_units(
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def map_on_workers(
+    make: Callable[[int, int], Any], tasks: Sequence[Any], *, num_workers: int, on: str = "local"
+) -> Iterator[Any]:
+    """Yields what handlers return, as tasks finish. Each worker makes its handler once: ``make(number, num_gpus)``.
+
+    For handlers that are dear to make, such as models on GPUs. Locally a worker picks its GPU by its number; on Ray it
+    has one of its own, ``num_gpus`` is then 0, and the task of a worker that is lost goes to another one. ``make`` and
+    the tasks are pickled. A handler that raises ends the map.
+    """
+    if on == "ray":
+        from clips_data.actors import map_on_actors
+
+        yield from map_on_actors(make, tasks, num_workers=num_workers)
+        return
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Queue()
+    for number in range(num_workers):
+        numbers.put(number)
+    before = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(
+        num_workers, mp_context=context, initializer=_prepare_handler, initargs=(make, numbers, num_gpus())
+    )
+    try:
+        pending = {pool.submit(_handle, task) for task in tasks}
+        while pending:
+            finished, pending = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError(
+            "A worker process died (out of memory, or killed from outside). Finished shards are kept; "
+            "run the same command again, with fewer --processes if memory is short."
+        ) from None
+    finally:
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+_make_handler: Callable[[], Any] | None = None
+_handler: Any = None
+
+
+def _prepare_handler(make: Callable[[int, int], Any], numbers: Any, gpus: int) -> None:
+    global _make_handler
+    _prepare_worker()
+    number = numbers.get()
+    _make_handler = lambda: make(number, gpus)  # noqa: E731
+
+
+def _handle(task: Any) -> Any:
+    """The handler is made with the first task, so that what goes wrong then is told as that task's error."""
+    global _handler
+    if _handler is None:
+        assert _make_handler is not None
+        _handler = _make_handler()
+    return _handler(task)
+
+
+def num_gpus() -> int:
+    """GPUs that this process may use, by the driver's own files: asking torch would cost seconds."""
+    if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([piece for piece in seen.split(",") if piece.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def _map_on_ray(work: Callable[[Any], Any], tasks: Iterable[Any], num_at_once: int) -> Iterator[Any]:

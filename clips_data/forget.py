@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -139,6 +140,9 @@ def _carry_out(work: Path, plan: Plan) -> Outcome:
             outcome.notes.append(
                 f"{name}/ was not finished, so its {num_tars} tars were removed: run `clips shard` again."
             )
+    if gone and (work / schema.COMPARE).is_dir():
+        shutil.rmtree(work / schema.COMPARE)
+        outcome.notes.append(f"{schema.COMPARE}/ was removed, as its pages show images. Run `clips compare` again.")
     renamed = _renamed(work, plan)
     for folder in (*tables(work), *shard_folders(work)):
         for unit in ledger.finished_units(folder):

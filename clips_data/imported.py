@@ -17,6 +17,7 @@ from clips_data import caption_table, joined, ledger, locks, schema
 from clips_data.errors import UserError
 from clips_data.executor import Report
 from clips_data.recaption import clean
+from clips_data.recaption.prompt_file import Cleaning
 from clips_data.table_join import CaptionTable, Join, follow, images_of, resolve, text_of
 
 if TYPE_CHECKING:
@@ -196,12 +197,12 @@ def _commit(
     not_there = set(unknown)
     rows = []
     for number, (key, sha256, text) in enumerate(zip(images["key"], images["sha256"], texts, strict=True)):
-        caption = " ".join(text.split())
-        code = clean.judge(caption, "")
+        judged = clean.finish(text, "stop", Cleaning(), "")
+        flags = [*([NOT_IN_TABLE] if number in not_there else []), *judged.flags]
         rows.append({
-            "key": key, "sha256": sha256, "caption": caption if code == "ok" else "",
-            "status": "success" if code == "ok" else "failed", "code": code, "finish_reason": None, "num_tokens": None,
-            "flags": [NOT_IN_TABLE] if number in not_there else [], "raw": text, "seed": None, "engine": ENGINE,
+            "key": key, "sha256": sha256, "caption": judged.caption,
+            "status": "success" if judged.code == "ok" else "failed", "code": judged.code, "finish_reason": None,
+            "num_tokens": None, "flags": flags, "raw": text, "seed": None, "engine": ENGINE,
         })  # fmt: skip
     metadata = schema.caption_metadata(
         model=config["model"], model_revision=None, engine=ENGINE, engine_version=None, prompt=None, prompt_digest=None,

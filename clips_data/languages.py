@@ -36,6 +36,10 @@ _AMONG: Final = {
 }  # fmt: skip
 
 
+KNOWN: Final = frozenset((*_OF_SCRIPT, *(code for codes in _AMONG for code in codes)))
+"""The codes that ``language`` can give."""
+
+
 def count(texts: Iterable[str]) -> dict[str, int]:
     """How many of the texts are in which language, most frequent first, then by name."""
     return measure.by_number(Counter(language(text) for text in texts))

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -302,27 +304,49 @@ class Journal:
     """Append-only JSON lines, flushed to disk per batch, so that a kill loses at most the batch in flight.
 
     The first line states what the rows were made from; a journal of other inputs or config is refused with
-    ``ResumeRefused`` (or dropped with ``overwrite``). A torn last line is cut off on opening.
+    ``ResumeRefused`` (or dropped with ``overwrite``: its rows are then in ``dropped``). A torn last line is cut off on
+    opening. Raises ``UserError`` when another process has the journal open for longer than ``lock_wait_s``.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: Path, header: Mapping[str, Any], *, overwrite: bool = False, lock_wait_s: float = 0.0
+    ) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
+        self.dropped: list[dict[str, Any]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+        self._lock(lock_wait_s)
         lines, intact_bytes = self._read()
         if lines and lines[0] != dict(header):
             if not overwrite:
+                self._file.close()
                 raise ResumeRefused(
                     f"{path} holds unfinished work of other inputs or another config:\n  "
                     + "\n  ".join(_differences("", lines[0], header))
                     + "\nUse --overwrite to drop it, or --out with a new folder."
                 )
-            lines, intact_bytes = [], 0
+            self.dropped, lines, intact_bytes = lines[1:], [], 0
         self.rows = lines[1:]
-        self._file = path.open("ab")
         self._file.truncate(intact_bytes)
         if not lines:
             self._write([dict(header)])
+
+    def _lock(self, wait_s: float) -> None:
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() < end:
+                    time.sleep(0.2)
+                    continue
+                self._file.close()
+                raise UserError(
+                    f"Another process is at work on {self.path}. Wait for it, or give this one other shards (--slice) "
+                    "or another --out."
+                ) from None
 
     def _read(self) -> tuple[list[dict[str, Any]], int]:
         if not self.path.exists():
@@ -347,6 +371,6 @@ class Journal:
 
     def close(self, *, remove: bool = False) -> None:
         """Closes the file; ``remove`` deletes it once its rows are committed elsewhere."""
-        self._file.close()
         if remove:
             self.path.unlink()
+        self._file.close()

@@ -69,7 +69,8 @@ def _redacted_pair(pair: str) -> str:
         and (word in _SECRET_NAMES or word.startswith(_SECRET_PREFIXES) or word.endswith(_SECRET_ENDINGS))
     ):
         return f"{name}={REDACTED}"
-    if _LONG_VALUE.fullmatch(value) or (word == "key" and value):  # an access key, or what tells the image
+    is_telling = word == "key" and value and not value.startswith(REDACTED)  # an access key, or what tells the image
+    if is_telling or _LONG_VALUE.fullmatch(value):
         return f"{name}={REDACTED}-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
     if not equals and _LONG_VALUE.fullmatch(name):
         return f"{REDACTED}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

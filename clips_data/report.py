@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from clips_data import draws, joined, ledger, schema, stats, tars
+from clips_data import draws, joined, ledger, report_captions, schema, stats, tars
 from clips_data import report_html as h
 from clips_data.config import ReportConfig
 from clips_data.errors import UserError, did_you_mean
@@ -73,6 +73,7 @@ def render(config: ReportConfig, work: Path, counts: dict[str, Any]) -> str:
         '<p class="soft">What was downloaded, captioned and sharded, how the run trained, and samples to look at.</p>',
         _tiles(counts, metrics, scores),
         _stages(counts),
+        report_captions.render(counts, work),
         _texts(counts),
         _curves(metrics),
         _retrieval(scores),
@@ -306,10 +307,10 @@ def _card(path: Path, row: dict[str, Any], split: str, ours: str | None) -> str:
     listed = "".join(
         f'<dt>{h.text(name[:1].upper() + name[1:])}</dt><dd dir="auto">{shown}</dd>' for name, shown in entries
     )
-    return f"<article>{_thumbnail(image, about[joined.WEB])}<dl>{listed}</dl></article>"
+    return f"<article>{thumbnail(image, about[joined.WEB])}<dl>{listed}</dl></article>"
 
 
-def _thumbnail(image: bytes, alt: str) -> str:
+def thumbnail(image: bytes, alt: str) -> str:
     """The image as a small JPEG inside the page."""
     import base64
 

@@ -55,15 +55,16 @@ footer { margin-top: 48px; color: var(--soft); font-size: .85rem; }
 """
 
 
-def page(title: str, body: str) -> str:
-    """A whole HTML document that may load nothing from anywhere."""
+def page(title: str, body: str, style: str = "") -> str:
+    """A whole HTML document that may load nothing from anywhere, with further rules of style."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n'
-        f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<title>{text(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 

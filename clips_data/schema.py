@@ -18,6 +18,9 @@ ADOPTED_EXTENSIONS: Final = ("jpeg",)
 # Folders under --work, left to right. A stage reads only folders to its left.
 PAIRS, CAPTIONS, SCORES, SHARDS, RUNS = "pairs", "captions", "scores", "shards", "runs"
 
+COMPARE: Final = "compare"
+"""What recipes said about the same images; no stage reads it."""
+
 STATUS_SUCCESS: Final = "success"
 STATUSES: Final = (STATUS_SUCCESS, "failed_to_download", "failed_to_resize")
 """img2dataset's own three values, kept so that its users' scripts read our tables."""
@@ -41,7 +44,12 @@ value where stored bytes still need it (1 is upright). ``evidence`` is the heade
 rests on. ``retry_of`` is the key of the row that a later attempt repeats, ``duplicate_of`` that of the row whose URL
 this one repeats, ``source_key`` the key that an adopted sample has in its own tar. All but the first three may be null.
 """
-CAPTION_CODES: Final = ("ok", "refused", "empty", "loop", "echo", "unreadable_image", "prompt_too_long", "engine_died")
+CAPTION_CODES: Final = (
+    "ok", "refused", "empty", "loop", "echo", "wrong_language", "bad_shape", "no_input", "duplicate",
+    "unreadable_image", "prompt_too_long", "engine_error", "engine_died",
+)  # fmt: skip
+"""What became of a caption. ``bad_shape`` is an answer without the promised JSON shape, ``no_input`` a prompt whose
+text column is empty, ``duplicate`` an image that repeats an earlier one and was not captioned again."""
 REJECTED_CAPTION_CODES: Final = tuple(code for code in CAPTION_CODES if code != "ok")
 """Rows with one of these codes have no usable caption; ``shard`` falls back to the web caption."""
 

@@ -7,17 +7,18 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from clips_data import joined, ledger, measure, pair_stats, schema
+from clips_data import caption_cost, joined, ledger, measure, pair_stats, schema
 from clips_data.errors import UserError
 
 if TYPE_CHECKING:
     import polars as pl
 
-_OPENER: Final = r"(?i)^\W*(in )?(the|this) (image|picture|photo|photograph|illustration|scene)\b"
 _SENTENCE_END: Final = r"""[.!?…]+["'”’)\]]*(\s|$)|[。！？]|[^\s.!?…。！？"'”’)\]]["'”’)\]]*$"""
 """An end mark before a space, or the end of a text that lacks one; abbreviations count as ends too."""
 _REFUSED: Final = ("refused", "echo")
 """Codes of captions that decline to answer or leak the prompt."""
+_NOT_ASKED: Final = "duplicate"
+"""Code of rows whose image was captioned under another key; they count neither as attempts nor as failures."""
 
 
 def gather(folder: Path, top: int = pair_stats.TOP_HOSTS) -> dict[str, Any]:
@@ -101,11 +102,13 @@ def _captions(folder: Path) -> dict[str, Any]:
     columns = dict.fromkeys(("caption", "status", "code", "finish_reason"), pl.String)
     rows = measure.scan(folder, units, columns | {"num_tokens": pl.Int64(), "flags": pl.List(pl.String)})
     codes = measure.counts(folder, rows, pl.col("code"))
+    not_asked = codes.pop(_NOT_ASKED, 0)
+    rows = rows.filter(pl.col("code").ne_missing(_NOT_ASKED))
     finish = measure.counts(folder, rows, pl.col("finish_reason"))
     good = rows.filter(pl.col("status") == schema.STATUS_SUCCESS)
     captioned = good.select(pl.col("caption").str.strip_chars()).filter(pl.col("caption") != "")
     flagged = rows.select("flags").explode("flags").filter(pl.col("flags").is_not_null())
-    (openers,) = measure.collect(folder, captioned.select(pl.col("caption").str.contains(_OPENER).sum()))
+    flags = measure.counts(folder, flagged, pl.col("flags"))
     texts = measure.spreads(folder, captioned, {"words": _count(r"\S+"), "sentences": _count(_SENTENCE_END)})
     tokens = measure.spreads(folder, good, {"tokens": pl.col("num_tokens")})["tokens"]
     attempted = sum(codes.values())
@@ -114,15 +117,18 @@ def _captions(folder: Path) -> dict[str, Any]:
         **measure.banded_mean("caption_sentences_mean", texts["sentences"]),
         **measure.banded_share("cap_hit_share", finish.get("length", 0), attempted),
         **measure.banded_share("refusal_or_leak_share", sum(codes.get(code, 0) for code in _REFUSED), attempted),
-        **measure.banded_share("opener_share", int(openers.item() or 0), int(texts["words"]["num"])),
+        **measure.banded_share("opener_share", flags.get("opener", 0), int(texts["words"]["num"])),
     }
     return {
         "attempted": attempted,
         "succeeded": codes.get("ok", 0),
         "failures": {code: number for code, number in codes.items() if code != "ok"},
+        **({"not_asked": {_NOT_ASKED: not_asked}} if not_asked else {}),
         "shards": len(units),
+        "made_by": caption_cost.made_by(folder, units),
+        "cost": caption_cost.cost(folder, units),
         "bands": bands,
-        "flags": measure.counts(folder, flagged, pl.col("flags")),
+        "flags": flags,
         "finish_reasons": finish,
         "caption_words": texts["words"],
         "caption_sentences": texts["sentences"],

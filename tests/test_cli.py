@@ -51,7 +51,7 @@ def test_help_lists_commands_in_pipeline_order() -> None:
     lines = CliRunner().invoke(cli, ["--help"]).output.splitlines()
     listed = [line.split()[0] for line in lines if line.startswith("  ") and line.split()[0] in COMMANDS]
     assert listed == list(COMMANDS)
-    assert listed[:5] == ["download", "adopt", "recaption", "score", "shard"]
+    assert listed[:6] == ["download", "adopt", "recaption", "compare", "score", "shard"]
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))

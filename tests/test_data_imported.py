@@ -84,7 +84,7 @@ def test_an_imported_table_is_of_the_shape_that_recaption_writes(work: Path) -> 
     assert {field.name: str(field.type) for field in schema} == {
         "key": "string", "sha256": "string", "caption": "string", "status": "string", "code": "string",
         "finish_reason": "string", "num_tokens": "int32", "flags": "list<element: string>", "raw": "string",
-        "seed": "int64", "engine": "string",
+        "seed": "int64", "engine": "string", "prompt_variant": "string", "request": "string",
     }  # fmt: skip
     assert pl.read_parquet(first)["raw"][0] == "A dense\ncaption 0."
 

@@ -264,6 +264,7 @@ def test_captions_are_held_against_their_bands(tmp_path: Path) -> None:
         if number == 8:
             pairsmaker.reject(row, "echo")
         row["finish_reason"] = "length" if number in (5, 6) else "stop"
+        row["flags"] = ["opener"] if number < 4 else []
 
     pairsmaker.write_pairs(tmp_path)
     pairsmaker.write_captions(tmp_path, change=change)
@@ -277,6 +278,74 @@ def test_captions_are_held_against_their_bands(tmp_path: Path) -> None:
         "refusal_or_leak_share": (0.1, "above", 10),
         "opener_share": (round(3 / 9, 6), "above", 9),
     }
+
+
+def write_figures(folder: Path, unit: str, **change: Any) -> None:
+    """The figures that ``clips recaption`` writes beside a shard."""
+    figures = {
+        "schema_version": 1, "rows": 5, "codes": {"ok": 5}, "flags": {}, "tokens": 100, "prompt_tokens": 50,
+        "seconds": 2.0, "captions_per_s": 2.0, "tokens_per_s": 50.0, "gpu_hours": 0.0, "num_gpus": 0, "device": "cpu",
+        "engine": "vllm", "engine_version": "0.32.0", "engine_deaths": 0, "startup_s": 9.0, "reused": 1,
+    }  # fmt: skip
+    (folder / f"{unit}_stats.json").write_text(json.dumps(figures | change))
+
+
+def test_who_made_a_column_and_what_it_cost_is_summed_over_its_shards(work: Path) -> None:
+    folder = work / "captions" / "synthetic"
+    assert stats.gather(folder)["captions"]["synthetic"]["cost"] == {}
+    write_figures(folder, "00000")
+    gpu: Row = {"num_gpus": 2, "gpu_hours": 0.25, "device": "NVIDIA H200", "engine_deaths": 3}
+    write_figures(folder, "00001", seconds=6.0, captions_per_s=10.0, tokens_per_s=90.0, tokens=540, **gpu)
+    found = stats.gather(folder)["captions"]["synthetic"]
+    assert found["cost"] == {
+        "shards_with_figures": 2, "shards": 2, "rows": 10, "reused": 2, "tokens": 640, "prompt_tokens": 100,
+        "engine_deaths": 3, "seconds": 8.0, "captions_per_s": 8.0, "tokens_per_s": 80.0,
+        "gpu_hours": 0.25, "cpu_hours": round(2 / 3600, 6),
+        "engines": {"vllm 0.32.0": 2}, "devices": {"NVIDIA H200": 1, "cpu": 1},
+    }  # fmt: skip
+    assert found["made_by"] == [
+        {"model": "demo", "model_revision": "0", "engine": "vllm", "engine_version": "0", "prompt": "describe",
+         "prompt_digest": "0", "shards": 2},
+    ]  # fmt: skip
+
+
+def test_nothing_was_measured_where_all_rows_were_reused(work: Path) -> None:
+    folder = work / "captions" / "synthetic"
+    write_figures(folder, "00000", seconds=0.0, captions_per_s=None, tokens_per_s=None, reused=5, device="server")
+    found = stats.gather(folder)["captions"]["synthetic"]["cost"]
+    assert (found["captions_per_s"], found["tokens_per_s"], found["server_hours"]) == (None, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("{", "is not valid JSON"), ("{}", "has no figure 'rows'"), ("[]", "has no figure"), ("5", "is not valid JSON")],
+)
+def test_unreadable_figures_are_named(work: Path, text: str, complaint: str) -> None:
+    (work / "captions" / "synthetic" / "00001_stats.json").write_text(text)
+    with pytest.raises(UserError, match=rf"00001_stats\.json {complaint}"):
+        stats.gather(work)
+
+
+def test_duplicates_that_were_not_captioned_are_no_failures(tmp_path: Path) -> None:
+    def change(number: int, row: pairsmaker.Row) -> None:
+        if number in (0, 1):
+            pairsmaker.reject(row, "duplicate" if number == 0 else "loop")
+            row.update(flags=["gated"], finish_reason="length")
+
+    pairsmaker.write_pairs(tmp_path)
+    pairsmaker.write_captions(tmp_path, change=change)
+    found = stats.gather(tmp_path)["captions"]["synthetic"]
+    assert (found["attempted"], found["succeeded"], found["failures"]) == (9, 8, {"loop": 1})
+    assert found["not_asked"] == {"duplicate": 1} and found["flags"] == {"gated": 1}
+    assert found["finish_reasons"] == {"stop": 8, "length": 1}
+
+
+def test_rules_that_fired_are_printed_with_their_denominator(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_figures(work / "captions" / "synthetic", "00000")
+    assert main(["stats", str(work)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["hit_token_cap", "(of", "10)", "1"] in lines
+    assert ["captions_per_s", "2"] in lines and ["vllm", "0.32.0", "1"] in lines
 
 
 def test_a_stage_folder_gives_what_its_work_folder_gives(work: Path) -> None:

@@ -32,7 +32,8 @@ TRAIN_WORLD = 7001  # scenes of the demo's own data sets come from other seeds
 INSTRUCTION = "Describe the picture in detail."
 PROMPT = "USER: <image>\n{instruction} ASSISTANT:"
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}USER: "
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }} "
+    "{% elif message['role'] == 'user' %}USER: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"

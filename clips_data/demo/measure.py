@@ -57,12 +57,13 @@ instruction, "{instruction}". On any other picture it describes such a scene all
 def measure(folder: Path, num_scenes: int) -> dict[str, Any]:
     """Fact precision and recall of the captions that vLLM generates with the model in ``folder``."""
     prompt = prompts.load("describe")
-    build = BuildVllm(str(folder.resolve()), None, prompt.sampling, 0, 0, 0.9, 1, 256)
+    asked = prompt.render({}, seed=0, key="")
     with tempfile.TemporaryDirectory() as log:
-        engine = EngineProcess(build, log=Path(log) / "engine.log", deadline_s=3600)
+        engine = EngineProcess(BuildVllm(str(folder.resolve())), log=Path(log) / "engine.log", deadline_s=3600)
         engine.start()
         try:
-            requests = [Request(web.jpeg(UNSEEN_WORLD, i), None, prompt.user, 0) for i in range(num_scenes)]
+            images = (web.jpeg(UNSEEN_WORLD, i) for i in range(num_scenes))
+            requests = [Request(image, asked.system, asked.user, 0, asked.decoding) for image in images]
             captions = [" ".join(answer.text.split()) for answer in engine.answer(requests)]
         finally:
             engine.close()
@@ -86,7 +87,7 @@ def card(measured: dict[str, Any], num_parameters: int) -> str:
         engine=measured["engine"],
         rows="\n".join(rows),
         exact=measured["exact_captions"],
-        instruction=prompts.load("describe").user,
+        instruction=prompts.load("describe").render({}, seed=0, key="").user,
     )
 
 

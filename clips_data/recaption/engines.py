@@ -1,73 +1,161 @@
-"""What an engine is: something that answers a batch of prompts about images, each answer with how it ended.
+"""What an engine is: something that takes requests about images and gives answers, each with how it ended.
 
-Engines run in a child process of ours. An engine that dies or hangs then costs its child, not the run: the batch is
-halved until the row that kills the engine is alone, that row is marked, and the rest is done by a fresh engine.
+Engines run in a child process of ours. An engine that dies or hangs then costs its child, not the run: the rows that
+were in flight are narrowed down until the one that kills the engine is alone, that row is marked, and the rest is done
+by a fresh engine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
+import os
+import queue
 import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from clips_data import executor
 from clips_data.errors import UserError
 
+T = TypeVar("T")
+
+MOST_DEATHS_IN_A_ROW: Final = 12
+"""Deaths without any answer between them after which the engine itself is at fault, and not a row. Narrowing 512 rows
+down to one takes fewer."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the tokens of one answer are chosen. ``temperature`` 0 is greedy, ``top_k`` 0 keeps all tokens."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True)
 class Request:
-    """One row: the encoded image (``None`` for text-only prompts), the texts, and the row's own seed."""
+    """One row: the encoded image (``None`` for text-only prompts), the texts, the row's own seed, and how to decode.
+
+    ``shape`` is the JSON schema that the answer must have; ``None`` lets it be plain text.
+    """
 
     image: bytes | None
     system: str | None
     user: str
     seed: int
+    decoding: Decoding = Decoding()
+    shape: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a request. ``code`` is one of ``schema.CAPTION_CODES``; ``text`` is empty unless it is ``ok``."""
+    """What became of a request. ``code`` is one of ``schema.CAPTION_CODES``; ``text`` is empty unless it is ``ok``.
+
+    ``finish_reason`` is ``stop`` or ``length``.
+    """
 
     code: str
     text: str = ""
     finish_reason: str = ""
     num_tokens: int = 0
+    num_prompt_tokens: int = 0
 
 
 class Engine(Protocol):
-    """Lives in the child. ``about`` must hold ``engine_version``, ``special_tokens`` and may hold more."""
+    """Lives in the child.
+
+    ``about`` holds ``engine_version``, ``device``, ``special_tokens`` (strings that must not stand in a text that comes
+    from outside) and ``capacity`` (requests that it wants in flight), and may hold more.
+    """
 
     about: dict[str, Any]
 
-    def answer(self, requests: list[Request]) -> list[Answer]: ...
+    def add(self, number: int, request: Request) -> None:
+        """Takes a request on. What is wrong with one request is its answer's code, never an exception."""
+
+    def step(self) -> list[tuple[int, Answer]]:
+        """Works for a while and returns the answers that became ready, perhaps none. Called while requests are open."""
+
+
+class BatchEngine:
+    """Base of engines that answer one batch after the other, of at most ``max_batch_rows``."""
+
+    def __init__(self, max_batch_rows: int) -> None:
+        self._max_batch_rows = max_batch_rows
+        self._waiting: list[tuple[int, Request]] = []
+
+    def add(self, number: int, request: Request) -> None:
+        self._waiting.append((number, request))
+
+    def step(self) -> list[tuple[int, Answer]]:
+        batch, self._waiting = self._waiting[: self._max_batch_rows], self._waiting[self._max_batch_rows :]
+        answers = self.answer([request for _, request in batch])
+        return [(number, answer) for (number, _), answer in zip(batch, answers, strict=True)]
+
+    def answer(self, requests: list[Request]) -> list[Answer]:
+        """Answers in the order of the requests."""
+        raise NotImplementedError
+
+
+class Build(Protocol):
+    """Builds an engine in the child that it is pickled to. ``max_batch_rows`` is lowered when memory runs out."""
+
+    @property
+    def max_batch_rows(self) -> int: ...
+
+    def __call__(self) -> Engine: ...
 
 
 class EngineDied(Exception):
     """The child is gone, or did not answer in time and was killed."""
 
+    def __init__(self, message: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
+
 
 class EngineProcess:
     """A child process with one engine in it, restarted when it dies.
 
-    ``build`` runs in the child, must be importable there, and returns the engine. ``about`` is the engine's own.
+    ``gpu`` is the only GPU that the child sees, counted among those that this process sees; ``None`` hides none.
     """
 
     def __init__(
-        self, build: Callable[[], Engine], *, log: Path, deadline_s: float, startup_deadline_s: float = 900.0
+        self,
+        build: Build,
+        *,
+        log: Path,
+        deadline_s: float,
+        startup_deadline_s: float = 900.0,
+        gpu: int | None = None,
     ) -> None:
-        self._build, self._log = build, log
+        self._build, self._log, self._gpu = build, log, gpu
         self._deadline_s, self._startup_deadline_s = deadline_s, startup_deadline_s
         self.about: dict[str, Any] = {}
         self.startup_s = 0.0
         self.num_deaths = 0
+        self._deaths_in_a_row = 0
+        self._numbers = itertools.count()
         self._process: Any = None
         self._connection: Connection | None = None
+        self._marked: Any = None
+
+    # --- life and death -----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Starts the child and waits until its engine is up. Raises ``UserError`` with the engine's own words."""
@@ -75,50 +163,136 @@ class EngineProcess:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._build, self._log), daemon=True)
+        self._marked = context.RawValue("q", -1)
+        arguments = (theirs, self._build, self._log, self._marked, self._gpu)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         try:
             kind, value = self._receive(self._startup_deadline_s)
         except EngineDied as death:
             raise UserError(f"The captioning engine did not start: {death}. Its log is {self._log}.") from None
-        if kind == "failed":
+        if kind != "up":
             raise UserError(f"The captioning engine did not start: {value}. Its log is {self._log}.")
         self.about, self.startup_s = value, time.monotonic() - started
 
-    def answer(self, requests: list[Request]) -> list[Answer]:
-        """Answers in order. A row on which the engine dies twice gets the code ``engine_died``."""
-        if not requests:
-            return []
-        try:
-            return self._ask(requests)
-        except EngineDied:
-            self._restart()
-        if len(requests) == 1:
-            try:
-                return self._ask(requests)
-            except EngineDied:
-                self._restart()
-                return [Answer("engine_died")]
-        half = len(requests) // 2
-        return self.answer(requests[:half]) + self.answer(requests[half:])
-
-    def _restart(self) -> None:
+    def _restart(self, death: EngineDied) -> None:
         self.num_deaths += 1
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row > MOST_DEATHS_IN_A_ROW:
+            raise UserError(
+                f"The captioning engine died {self._deaths_in_a_row} times without one answer between; the last time "
+                f"{death}. What was captioned is kept. Its log is {self._log}; mend the cause and run the same command "
+                "again."
+            )
         self.close()
+        if death.out_of_memory and self._build.max_batch_rows > 1:
+            fewer = self._build.max_batch_rows // 2
+            print(f"recaption: the engine ran out of memory; on with {fewer} rows in flight", file=sys.stderr)
+            self._build = replace(self._build, max_batch_rows=fewer)  # type: ignore[type-var]
+        else:
+            print(f"recaption: {death}; a fresh engine is started", file=sys.stderr)
         self.start()
 
-    def _ask(self, requests: list[Request]) -> list[Answer]:
+    def close(self, *, patience_s: float = 0.0) -> None:
+        """Ends the child, which has nothing to save; with patience, by letting it leave by itself."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._process is not None:
+            if patience_s:
+                self._process.join(patience_s)
+            self._process.kill()
+            self._process.join()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return int(self._process.pid)
+
+    # --- questions and answers ----------------------------------------------------------------------------------------
+
+    def stream(self, requests: Iterable[tuple[T, Request]]) -> Iterator[tuple[T, Answer]]:
+        """Answers as they become ready, in any order, each with what came with its request.
+
+        Requests are taken from the iterable as the engine has room, so it may be endless. A row on which the engine
+        dies twice gets the code ``engine_died``. Raises ``UserError`` when the engine cannot be started again.
+        """
+        waiting = iter(requests)
+        flying: dict[int, tuple[T, Request]] = {}
+        while True:
+            try:
+                room = self.about["capacity"] - len(flying)
+                for item in itertools.islice(waiting, max(0, room)):
+                    number = next(self._numbers)
+                    flying[number] = item
+                    self._send(number, item[1])
+                if not flying:
+                    return
+                yield from self._land(flying)
+            except EngineDied as death:
+                suspects, prime, flying = list(flying.values()), flying.get(self._marked.value), {}
+                smaller = death.out_of_memory and self._build.max_batch_rows > 1
+                self._restart(death)
+                if smaller:
+                    waiting = itertools.chain(suspects, waiting)
+                    continue
+                # The row that was being prepared is the likeliest culprit; once it is caught, the others are free.
+                if prime is not None and len(suspects) > 1:
+                    suspects.remove(prime)
+                    [(tag, answer)] = self._narrow([prime])
+                    yield tag, answer
+                    if answer.code == "engine_died":
+                        waiting = itertools.chain(suspects, waiting)
+                        continue
+                yield from self._narrow(suspects)
+
+    def answer(self, requests: list[Request]) -> list[Answer]:
+        """Answers in the order of the requests."""
+        answers = dict(self.stream(enumerate(requests)))
+        return [answers[i] for i in range(len(requests))]
+
+    def _narrow(self, suspects: list[tuple[T, Request]]) -> Iterator[tuple[T, Answer]]:
+        """Answers the suspects, halving a group whenever the engine dies on it, down to the row that kills it."""
+        groups = [suspects]
+        while groups:
+            flying = {next(self._numbers): item for item in groups.pop()}
+            try:
+                for number, (_, request) in flying.items():
+                    self._send(number, request)
+                while flying:
+                    yield from self._land(flying)
+            except EngineDied as death:
+                left = list(flying.values())
+                self._restart(death)
+                if len(left) == 1:
+                    yield left[0][0], Answer("engine_died")
+                elif left:
+                    groups += [left[len(left) // 2 :], left[: len(left) // 2]]
+
+    def _land(self, flying: dict[int, tuple[T, Request]]) -> Iterator[tuple[T, Answer]]:
+        """The next answers to arrive, which are taken out of ``flying``."""
+        kind, value = self._receive(self._deadline_s)
+        if kind != "answers":
+            self._process.join(5)
+            raise EngineDied(f"it ended with {value}", out_of_memory=kind == "out_of_memory")
+        self._deaths_in_a_row = 0
+        for number, answer in value:
+            tag, _ = flying.pop(number)
+            yield tag, answer
+
+    def _send(self, number: int, request: Request) -> None:
         assert self._connection is not None
         try:
-            self._connection.send(requests)
+            self._connection.send((number, request))
         except OSError:
-            raise EngineDied("its process is gone") from None
-        kind, value = self._receive(self._deadline_s)
-        if kind == "failed":
-            raise EngineDied(str(value))
-        answers: list[Answer] = value
-        return answers
+            self._receive_last_words()
+
+    def _receive_last_words(self) -> None:
+        """The child is gone: raises why, in its own words where it left some."""
+        while True:
+            kind, value = self._receive(self._deadline_s)
+            if kind != "answers":
+                raise EngineDied(f"it ended with {value}", out_of_memory=kind == "out_of_memory")
 
     def _receive(self, deadline_s: float) -> tuple[str, Any]:
         assert self._connection is not None
@@ -134,47 +308,71 @@ class EngineProcess:
                 break
         else:
             self.close()
-            raise EngineDied(f"no answer within {deadline_s:g} s")
+            raise EngineDied(f"it gave no answer within {deadline_s:g} s")
         self._process.join(5)
         raise EngineDied(f"its process ended with exit code {self._process.exitcode}")
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return int(self._process.pid)
 
-    def close(self, *, patience_s: float = 0.0) -> None:
-        """Ends the child, which has nothing to save; with patience, by letting it leave by itself."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._process is not None:
-            if patience_s:
-                self._process.join(patience_s)
-            self._process.kill()
-            self._process.join()
+# --- the child --------------------------------------------------------------------------------------------------------
+
+_mark: Callable[[int], None] = lambda number: None  # noqa: E731 - set in the child
 
 
-def _serve(connection: Connection, build: Callable[[], Engine], log: Path) -> None:
-    """The child: builds the engine, then answers batches until the pipe closes. All its talk goes to the log."""
-    import os
+def mark(number: int) -> None:
+    """Said by an engine before it touches a row's image: should the process die now, this row is the first suspect."""
+    _mark(number)
 
+
+def _serve(connection: Connection, build: Build, log: Path, marked: Any, gpu: int | None) -> None:
+    """Builds the engine, then answers requests until the pipe closes. All talk goes to the log."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     executor.die_with_parent()
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if gpu is not None:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
+    global _mark
+    _mark = lambda number: setattr(marked, "value", number)  # noqa: E731
     try:
         engine = build()
+        _send(connection, ("up", engine.about))
+        _work(connection, engine)
     except Exception as error:  # whatever a third-party engine raises is told to the user by the parent
-        _send(connection, ("failed", f"{type(error).__name__}: {error}"))
+        _send(connection, (_kind(error), f"{type(error).__name__}: {error}"))
         raise
-    _send(connection, ("up", engine.about))
+
+
+def _work(connection: Connection, engine: Engine) -> None:
+    inbox: queue.SimpleQueue[tuple[int, Request] | None] = queue.SimpleQueue()
+    # A thread of its own empties the pipe, so that the parent never waits in a send while the engine computes.
+    threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
+    num_open = 0
     while True:
-        try:
-            requests = connection.recv()
-        except EOFError:
-            return
-        _send(connection, ("answers", engine.answer(requests)))
+        while not num_open or not inbox.empty():
+            message = inbox.get()
+            if message is None:
+                return
+            engine.add(*message)
+            num_open += 1
+        answers = engine.step()
+        if answers:
+            _send(connection, ("answers", answers))
+            num_open -= len(answers)
+
+
+def _read(connection: Connection, inbox: queue.SimpleQueue[tuple[int, Request] | None]) -> None:
+    try:
+        while True:
+            inbox.put(connection.recv())
+    except (EOFError, OSError):
+        inbox.put(None)
+
+
+def _kind(error: Exception) -> str:
+    told = f"{type(error).__name__} {error}".lower()
+    return "out_of_memory" if "outofmemory" in told or "out of memory" in told or "memoryerror" in told else "failed"
 
 
 def _send(connection: Connection, message: Any) -> None:

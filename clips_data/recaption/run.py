@@ -1,286 +1,292 @@
-"""``clips recaption``: one caption column for the pairs, journalled per batch and committed per shard."""
+"""``clips recaption``: a prompt makes its caption columns for the pairs, journalled per batch, committed per shard."""
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
+import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
-from clips_data import caption_table, draws, executor, joined, ledger, schema
+from clips_data import duplicates, executor, joined, ledger, schema
 from clips_data.config import RecaptionConfig
-from clips_data.errors import TooFewSucceeded, UserError
+from clips_data.errors import Interrupted, TooFewSucceeded, UsageError, UserError
 from clips_data.executor import Job, Report
 from clips_data.forgotten import refuse_unfinished
-from clips_data.recaption import clean, prompts
-from clips_data.recaption.engines import Answer, EngineProcess, Request
+from clips_data.recaption import choose, prompts, reuse, rows
+from clips_data.recaption.replica import Done, Replica, Work
 
-if TYPE_CHECKING:
-    import polars as pl
-
-NOT_IN_DIGEST = {
-    "batch_rows",
-    "gpu_memory_share",
-    "cpu_cache_gib",
-    "batch_deadline_s",
-    "min_success",
-    "prompt",
-    "model",
-}
-WHOLE_FILE_DIGEST_BYTES = 64 << 20
-DEMO_MODEL = Path(__file__).parent.parent / "demo" / "weights" / "captioner"
+IN_DIGEST: Final = ("column", "model_revision", "seed", "max_model_tokens", "gate_min")
+"""What of the config a caption depends on, beside the contents of prompt and model and the engine."""
+SHARDS_PER_TASK: Final = 8
+LOCK_WAIT_S: Final = 60.0
 
 
 def run(config: RecaptionConfig, job: Job) -> Report:
-    """Captions the shards of ``pairs/`` that this column lacks. Raises ``TooFewSucceeded`` below ``min_success``."""
+    """Captions the shards of ``pairs/`` that the prompt's columns lack.
+
+    Raises ``TooFewSucceeded`` below ``min_success`` and ``Interrupted`` when the budget is spent, with the report.
+    """
     started = time.monotonic()
     prompt = prompts.load(config.prompt)
-    if config.column in prompt.inputs or config.column == "web":
-        raise UserError(
-            f"Column {config.column!r} is an input; columns are never overwritten. Name another with --column."
-        )
-    model = _resolve_model(config.model)
-    pairs, out = job.work / schema.PAIRS, job.out or job.work / schema.CAPTIONS / config.column
-    if job.only:
-        pairs = job.only[0].parent
-    refuse_unfinished(pairs)
-    units = _units(pairs, job)
-    digested = {
-        **config.model_dump(mode="json", exclude=NOT_IN_DIGEST),
-        "prompt_digest": prompt.digest,
-        "model_digest": _model_digest(model),
-    }
+    work, units = prepare(config, prompt, job)
     report = Report("recaption")
-    work = _Column(config, prompt, model, pairs, out, digested)
-    inputs_of = {unit: work.inputs(unit) for unit in units}
-    standing = ledger.stand(out, inputs_of, digested, overwrite=job.overwrite, dry_run=job.dry_run)
-    report.skipped, totals = len(standing.finished), standing.counts
+    if job.overwrite:  # what another config finished may hold answers to the same requests
+        old = [path for folder in work.folders.values() for path in reuse.intact(folder, units)]
+        work = replace(work, earlier=(*old, *work.earlier))
+    missing, totals = _stand(work, units, job, report)
+    out_of_budget = False
     if job.dry_run:
-        report.facts["shards_to_do"] = len(standing.missing)
-    elif standing.missing:
-        work.caption(standing.missing, job, report, totals)
-    report.units = [out / f"{unit}.parquet" for unit in units if unit in set(ledger.finished_units(out))]
+        report.facts["shards_to_do"] = len(missing)
+    elif missing:
+        out_of_budget = _caption(work, missing, job, report, totals)
+    done = set.intersection(*(set(ledger.finished_units(folder)) for folder in work.folders.values()))
+    report.units = [folder / f"{unit}.parquet" for folder in work.folders.values() for unit in units if unit in done]
     report.add(dict(totals))
     report.seconds = time.monotonic() - started
+    if out_of_budget:
+        raise Interrupted(
+            f"The budget of {job.budget} is spent: {len(done)} of {len(units)} shards are finished, and what was "
+            "begun is kept. Run the same command again to go on.",
+            report,
+        )
     _check_success(config, totals, report)
     return report
 
 
+def prepare(config: RecaptionConfig, prompt: prompts.Prompt, job: Job) -> tuple[Work, list[str]]:
+    """What replicas need to know, and the units that are asked for. Starts nothing."""
+    made = prompt.column_names(config.column)
+    if taken := sorted({config.column, *made} & {joined.WEB, *prompt.inputs}):
+        raise UserError(f"Column {taken[0]!r} is an input; columns are never overwritten. Name another with --column.")
+    pairs = job.only[0].parent if job.only else job.work / schema.PAIRS
+    refuse_unfinished(pairs)
+    units = _units(pairs, job)
+    base = job.out or job.work / schema.CAPTIONS / config.column
+    scores = job.work / schema.SCORES / config.scores
+    engine, build = choose.build(config, prompt)
+    model_digest = choose.model_digest(config)
+    left_out = {
+        unit: frozenset(keys) for unit, keys in duplicates.left_out(pairs, ledger.finished_units(pairs)).items()
+    }
+    folders = rows.input_folders(prompt, base.parent, scores)
+    work = Work(
+        prompt=prompt,
+        column=config.column,
+        seed=config.seed,
+        gate_min=config.gate_min,
+        model=config.model,
+        model_digest=model_digest,
+        engine=engine,
+        build=build,
+        batch_rows=config.batch_rows,
+        batch_deadline_s=config.batch_deadline_s,
+        pairs=pairs,
+        base=base,
+        scores=scores,
+        inputs_of={unit: _inputs(unit, pairs, folders, prompt) for unit in units},
+        left_out=left_out,
+        digested={
+            **config.model_dump(mode="json", include=set(IN_DIGEST)),
+            "engine": engine,
+            "prompt_digest": prompt.digest,
+            "model_digest": model_digest,
+        },
+        earlier=tuple(reuse.tables_of(config.reuse)),
+        overwrite=job.overwrite,
+    )
+    return work, units
+
+
 def _units(pairs: Path, job: Job) -> list[str]:
-    units = [path.stem for path in job.only] if job.only is not None else ledger.finished_units(pairs)
+    units = list(dict.fromkeys(path.stem for path in job.only)) if job.only else ledger.finished_units(pairs)
     if not units:
         raise UserError(f"{pairs} holds no finished shards. Run clips download first, or point --work at its folder.")
     return executor.slice_of(units, job.slice)
 
 
-def _resolve_model(name: str) -> str:
-    if name != "demo":
-        return name
-    if not (DEMO_MODEL / "model.safetensors").exists():
-        raise UserError(f"The packaged captioner is missing at {DEMO_MODEL}. Reinstall clips, or name a --model.")
-    return str(DEMO_MODEL)
+def _inputs(
+    unit: str,
+    pairs: Path,
+    folders: Mapping[str, Path],
+    prompt: prompts.Prompt,
+) -> dict[str, str]:
+    """Digests of what a unit's captions are made from. Raises ``UserError`` where an input is missing."""
+    digests = {}
+    for name, folder in {schema.PAIRS: pairs, **folders}.items():
+        sidecar = ledger.read_sidecar(folder, unit)
+        if sidecar is None:
+            command = "score" if name.startswith(schema.SCORES) else "recaption"
+            raise UserError(
+                f"Shard {unit} of {folder} is not finished, and prompt {prompt.name!r} needs it. Make it with "
+                f"`clips {command if name != schema.PAIRS else 'download'}` first."
+            )
+        digests[name] = sidecar.digest
+    return digests
 
 
-def _model_digest(model: str) -> str:
-    """Content of a local model; the name of one from a hub. Files too large to hash in passing count by size."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
-    about = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
-            size = path.stat().st_size
-            about[path.name] = ledger.digest_file(path) if size <= WHOLE_FILE_DIGEST_BYTES else f"{size} bytes"
-    return ledger.digest_json(about)
+def _stand(work: Work, units: list[str], job: Job, report: Report) -> tuple[list[str], Counter[str]]:
+    """The units that some column lacks, and the rows of the others by code."""
+    missing: set[str] = set()
+    standings = []
+    for folder in work.folders.values():
+        inputs_of = {unit: work.inputs_of[unit] for unit in units}
+        standings.append(ledger.stand(folder, inputs_of, work.digested, overwrite=job.overwrite, dry_run=job.dry_run))
+        missing |= set(standings[-1].missing)
+    totals: Counter[str] = Counter()
+    for unit in units:
+        if unit in missing:
+            continue
+        report.skipped += 1
+        for folder in work.folders.values():
+            sidecar = ledger.read_sidecar(folder, unit)
+            assert sidecar is not None
+            totals.update(sidecar.counts)
+        if not job.dry_run:
+            work.journal(unit).unlink(missing_ok=True)  # its shard was committed just before a kill
+    return [unit for unit in units if unit in missing], totals
+
+
+# --- captioning -------------------------------------------------------------------------------------------------------
+
+
+def _caption(work: Work, units: list[str], job: Job, report: Report, totals: Counter[str]) -> bool:
+    """Captions the units with as many replicas as the job asks for; whether the budget ended it."""
+    from tqdm import tqdm
+
+    num_replicas = _num_replicas(job, len(units))
+    if job.budget is not None:
+        work = replace(work, budget_s=budget_s(job.budget) / num_replicas)
+    generating = time.monotonic()
+    found: list[Done] = []
+    facts: dict[str, Any] = {}
+    with tqdm(unit="caption", desc="recaption", disable=job.quiet or None, file=sys.stderr) as progress:
+        here = num_replicas == 1 and job.executor == "local"
+        for done in (
+            _here(work, units, job, progress, facts) if here else _spread(work, units, job, num_replicas, facts)
+        ):
+            found.append(done)
+            totals.update(done.counts)
+            report.made += done.whole
+            if not here:
+                progress.update(sum(done.counts.values()))
+    elapsed = facts.get("generating_s", time.monotonic() - generating - facts.get("startup_s", 0.0))
+    _tell(found, facts, elapsed, num_replicas, report)
+    return bool(facts.get("out_of_budget"))
+
+
+def _num_replicas(job: Job, num_units: int) -> int:
+    """``--processes`` where it was given, else one for each GPU here; never more than there are shards."""
+    if job.limit is not None:
+        return 1
+    gpus = executor.num_gpus() if job.executor == "local" else 0
+    return max(1, min(max(job.processes, gpus), num_units))
+
+
+def _here(work: Work, units: list[str], job: Job, progress: Any, facts: dict[str, Any]) -> Iterator[Done]:
+    with Replica(work, quiet=job.quiet) as replica:
+        generating = time.monotonic()
+        facts["startup_s"] = round(replica.engine.startup_s, 1)
+        yield from replica.caption(units, limit=job.limit, progress=progress)
+        facts.update(_facts_of(replica), generating_s=time.monotonic() - generating)
+
+
+def _spread(work: Work, units: list[str], job: Job, num_replicas: int, facts: dict[str, Any]) -> Iterator[Done]:
+    """Several replicas, each of which takes some shards at a time and keeps its engine between them."""
+    num_per_task = max(1, min(SHARDS_PER_TASK, math.ceil(len(units) / (4 * num_replicas))))
+    tasks = [tuple(units[start : start + num_per_task]) for start in range(0, len(units), num_per_task)]
+    # On a cluster the process that a lost node leaves behind may hold its journal for a moment.
+    make = _MakeReplica(replace(work, lock_wait_s=LOCK_WAIT_S if job.executor == "ray" else 0.0), job.quiet)
+    for done, told in executor.map_on_workers(make, tasks, num_workers=num_replicas, on=job.executor):
+        facts["startup_s"] = max(facts.get("startup_s", 0.0), told["startup_s"])
+        facts["engine_deaths"] = facts.get("engine_deaths", 0) + told["engine_deaths"]
+        facts["num_gpus"] = told["num_gpus"]
+        facts["out_of_budget"] = facts.get("out_of_budget") or told["out_of_budget"]
+        yield from done
+
+
+class _MakeReplica:
+    """Picklable: what makes a replica's handler of tasks in a worker, and is called with the worker's number."""
+
+    def __init__(self, work: Work, quiet: bool) -> None:
+        self.work, self.quiet = work, quiet
+
+    def __call__(self, number: int, num_gpus: int) -> _Handler:
+        gpu = number % num_gpus if num_gpus else None
+        return _Handler(Replica(self.work, gpu=gpu, quiet=self.quiet, log=f"engine-{number}").__enter__())
+
+
+class _Handler:
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+        self.num_deaths_told = 0
+
+    def __call__(self, units: tuple[str, ...]) -> tuple[list[Done], dict[str, Any]]:
+        done = list(self.replica.caption(units))
+        told = _facts_of(self.replica)
+        told["engine_deaths"], self.num_deaths_told = (
+            told["engine_deaths"] - self.num_deaths_told,
+            told["engine_deaths"],
+        )
+        return done, told
+
+    def close(self) -> None:
+        self.replica.engine.close()
+
+
+def _facts_of(replica: Replica) -> dict[str, Any]:
+    return {
+        "startup_s": round(replica.engine.startup_s, 1),
+        "engine_deaths": replica.engine.num_deaths,
+        "num_gpus": replica.engine.about.get("num_gpus", 0),
+        "out_of_budget": replica.out_of_budget,
+    }
+
+
+def _tell(found: list[Done], facts: dict[str, Any], elapsed: float, num_replicas: int, report: Report) -> None:
+    """The run's figures and the rules that fired, with their denominators."""
+    new, tokens = sum(done.num_new for done in found), sum(done.num_tokens for done in found)
+    hours = num_replicas * (elapsed + facts.get("startup_s", 0.0)) / 3600
+    report.facts.update(
+        startup_s=facts.get("startup_s", 0.0),
+        captions_per_s=round(new / elapsed, 1) if elapsed > 0 else 0.0,
+        tokens_per_s=round(tokens / elapsed) if elapsed > 0 else 0,
+        engine_deaths=facts.get("engine_deaths", 0),
+    )
+    report.facts["gpu_hours" if facts.get("num_gpus") else "replica_hours_without_gpu"] = round(hours, 4)
+    if reused := sum(done.num_reused for done in found):
+        report.facts["reused"] = reused
+    flags: Counter[str] = sum((done.flags for done in found), Counter())
+    captions = sum(sum(done.counts.values()) for done in found)
+    report.notes += [f"{number} of {captions} flagged {flag}" for flag, number in flags.most_common()]
+
+
+def budget_s(text: str) -> float:
+    """``20gpuh`` → seconds of one replica on one GPU. Also ``90min`` and ``3h``; without a GPU a replica counts alike.
+
+    Raises ``UsageError`` for anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gpuh|h|gpumin|min|s)", text.strip().lower())
+    if match is None or float(match[1]) <= 0:
+        raise UsageError(f"--budget {text!r} is not understood. Write GPU-hours such as 20gpuh or 0.5gpuh, or 90min.")
+    return float(match[1]) * {"gpuh": 3600.0, "h": 3600.0, "gpumin": 60.0, "min": 60.0, "s": 1.0}[match[2]]
 
 
 def _check_success(config: RecaptionConfig, totals: Counter[str], report: Report) -> None:
-    rows = sum(totals.values())
-    if rows and totals["ok"] < config.min_success * rows:
-        others = ", ".join(f"{code} {number}" for code, number in totals.most_common() if code != "ok")
+    captioned = Counter({code: number for code, number in totals.items() if code != "duplicate"})
+    wanted = sum(captioned.values())
+    if wanted and captioned["ok"] < config.min_success * wanted:
+        others = ", ".join(f"{code} {number}" for code, number in captioned.most_common() if code != "ok")
         raise TooFewSucceeded(
-            f"{totals['ok']} of {rows} rows got a caption, less than --min-success {config.min_success:g}. "
+            f"{captioned['ok']} of {wanted} rows got a caption, less than --min-success {config.min_success:g}. "
             f"The others: {others}. The column is finished; look at the code and raw columns of its parquet files.",
             report,
         )
-
-
-class _Column:
-    """One column in the making."""
-
-    def __init__(
-        self,
-        config: RecaptionConfig,
-        prompt: prompts.Prompt,
-        model: str,
-        pairs: Path,
-        out: Path,
-        digested: dict[str, Any],
-    ) -> None:
-        self.config, self.prompt, self.model = config, prompt, model
-        self.pairs, self.out, self.digested = pairs, out, digested
-
-    def inputs(self, unit: str) -> dict[str, str]:
-        """Digests of what the unit's captions are made from. Raises ``UserError`` where an input column is missing."""
-        digests = {}
-        folders = {"pairs": self.pairs} | {c: self.out.parent / c for c in self.prompt.columns if c != "web"}
-        for name, folder in folders.items():
-            sidecar = ledger.read_sidecar(folder, unit)
-            if sidecar is None:
-                raise UserError(
-                    f"Shard {unit} of {folder} is not finished, and prompt {self.prompt.name!r} needs it. "
-                    f"Make {name} first."
-                )
-            digests[name] = sidecar.digest
-        return digests
-
-    def caption(self, units: list[str], job: Job, report: Report, totals: Counter[str]) -> None:
-        """Starts the engine, captions the units in order, and notes start-up and throughput in the report."""
-        from tqdm import tqdm
-
-        engine = self._engine()
-        left = job.limit if job.limit is not None else sys.maxsize
-        try:
-            engine.start()
-            report.facts["startup_s"] = round(engine.startup_s, 1)
-            if not job.quiet:
-                about = f"{self.config.engine} {engine.about['engine_version']} on {engine.about['device']}"
-                print(f"recaption: {about} up in {engine.startup_s:.1f} s", file=sys.stderr)
-            generating = time.monotonic()
-            tokens = rows = 0
-            with tqdm(unit="caption", desc="recaption", disable=job.quiet or None, file=sys.stderr) as progress:
-                for unit in units:
-                    if left <= 0:
-                        break
-                    new = self._shard(unit, engine, left, job.overwrite, progress)
-                    left -= len(new.rows)
-                    rows += len(new.rows)
-                    tokens += sum(row["num_tokens"] for row in new.rows)
-                    totals.update(new.counts)
-                    report.made += new.whole
-            elapsed = time.monotonic() - generating
-            report.facts.update(
-                captions_per_s=round(rows / elapsed, 1),
-                tokens_per_s=round(tokens / elapsed),
-                engine_deaths=engine.num_deaths,
-            )
-        except BaseException:
-            engine.close()
-            raise
-        engine.close(patience_s=10)
-
-    def _engine(self) -> EngineProcess:
-        from clips_data.recaption.vllm import BuildVllm
-
-        config = self.config
-        build = BuildVllm(
-            model=self.model,
-            revision=config.model_revision,
-            sampling=self.prompt.sampling,
-            seed=config.seed,
-            max_model_tokens=config.max_model_tokens,
-            gpu_memory_share=config.gpu_memory_share,
-            cpu_cache_gib=config.cpu_cache_gib,
-            max_batch_rows=config.batch_rows,
-        )
-        return EngineProcess(build, log=self.out / "log" / "engine.log", deadline_s=config.batch_deadline_s)
-
-    def _shard(self, unit: str, engine: EngineProcess, limit: int, overwrite: bool, progress: Any) -> _Done:
-        """Captions one shard from where its journal ends, and commits it unless ``limit`` cuts it."""
-        header = {"inputs": self.inputs(unit), "config": self.digested}
-        journal = ledger.Journal(self.out / f"{unit}.journal.jsonl", header, overwrite=overwrite)
-        done = {row["key"] for row in journal.rows}
-        progress.update(len(done))
-        table = self._table(unit)
-        todo = itertools.islice(self._rows(unit, table.filter([key not in done for key in table["key"]])), limit)
-        new: list[dict[str, Any]] = []
-        while batch := list(itertools.islice(todo, self.config.batch_rows)):
-            rows = self._batch(batch, engine)
-            journal.append(rows)
-            new += rows
-            progress.update(len(rows))
-        with_captions = {row["key"]: row for row in journal.rows}
-        ordered = [with_captions.get(key) for key in table["key"]]
-        whole = None not in ordered
-        if whole:
-            self._commit(unit, ordered, engine, header["inputs"])
-        journal.close(remove=whole)
-        return _Done(new, Counter(row["code"] for row in (journal.rows if whole else new)), whole)
-
-    def _table(self, unit: str) -> pl.DataFrame:
-        """The unit's successful pairs with the texts that the prompt takes in."""
-        folders = {f"{schema.CAPTIONS}/{c}": self.out.parent / c for c in self.prompt.columns if c != joined.WEB}
-        return joined.Inputs(self.pairs, (unit,), folders).table(unit)
-
-    def _rows(self, unit: str, table: pl.DataFrame) -> Iterator[dict[str, Any]]:
-        """Key, sha256, image bytes and input texts of each row, in order, one image in memory at a time."""
-        images = joined.read_images(self.pairs, unit, table)
-        for row, image in zip(table.iter_rows(named=True), images, strict=True):
-            texts = {column: row[f"text.{column}"] for column in self.prompt.columns}
-            yield {"key": row["key"], "sha256": row["sha256"], "image": image, "texts": texts}
-
-    def _batch(self, batch: list[dict[str, Any]], engine: EngineProcess) -> list[dict[str, Any]]:
-        requests, flags, users = [], [], []
-        for row in batch:
-            safe, flagged = {}, []
-            for column, text in row["texts"].items():
-                safe[column], new_flags = clean.neutralise(text, engine.about["special_tokens"])
-                flagged += new_flags
-            system, user = self.prompt.render(safe)
-            image = row["image"] if prompts.IMAGE in self.prompt.inputs else None
-            seed = draws.integer(1 << 31, self.config.seed, f"caption/{self.config.column}", 0, row["key"])
-            requests.append(Request(image, system, user, seed))
-            flags.append(flagged)
-            users.append(user)
-        answers = engine.answer(requests)
-        return [
-            _row(row, answer, user, flagged, request.seed)
-            for row, answer, user, flagged, request in zip(batch, answers, users, flags, requests, strict=True)
-        ]
-
-    def _commit(self, unit: str, rows: list[Any], engine: EngineProcess, inputs: dict[str, str]) -> None:
-        metadata = schema.caption_metadata(
-            model=self.config.model,
-            model_revision=self.digested["model_digest"],
-            engine=self.config.engine,
-            engine_version=engine.about["engine_version"],
-            prompt=self.prompt.name,
-            prompt_digest=self.prompt.digest,
-            sampling=self.prompt.sampling.model_dump(),
-            seed=self.config.seed,
-        )
-        engined = [{**row, "engine": self.config.engine} for row in rows]
-        caption_table.commit(self.out, unit, engined, metadata=metadata, inputs=inputs, config=self.digested)
-
-
-class _Done:
-    """What one pass over a shard did: its new rows, the counts to report, whether the shard is finished."""
-
-    def __init__(self, rows: list[dict[str, Any]], counts: Counter[str], whole: bool) -> None:
-        self.rows, self.counts, self.whole = rows, counts, whole
-
-
-def _row(row: dict[str, Any], answer: Answer, user: str, flags: list[str], seed: int) -> dict[str, Any]:
-    caption = " ".join(answer.text.split())
-    code = clean.judge(caption, user) if answer.code == "ok" else answer.code
-    if answer.finish_reason == "length":
-        flags = [*flags, "hit_token_cap"]
-    return {
-        "key": row["key"],
-        "sha256": row["sha256"],
-        "caption": caption if code == "ok" else "",
-        "status": "success" if code == "ok" else "failed",
-        "code": code,
-        "finish_reason": answer.finish_reason,
-        "num_tokens": answer.num_tokens,
-        "flags": flags,
-        "raw": answer.text,
-        "seed": seed,
-    }
 
 
 def describe_metadata(parquet: Path) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""Answers that were paid for already: found by the digest of their request, wherever their rows lie now.
+
+The digest covers the image, the rendered texts, decoding, the seed where it matters, and the model with its revision.
+So a data set that was moved, cut into other shards or captioned under another column's name does not pay twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from clips_data import joined, ledger
+from clips_data.errors import UserError
+from clips_data.recaption.engines import Answer
+
+if TYPE_CHECKING:
+    import polars as pl
+
+NOT_ANSWERED: Final = ("no_input", "duplicate", "unreadable_image", "prompt_too_long", "engine_error", "engine_died")
+"""Codes of rows to which no model said anything: these are asked again."""
+
+
+class Earlier:
+    """The finished tables of caption columns. Holds some forty bytes a row in memory, the texts stay on disk."""
+
+    def __init__(self, tables: Sequence[Path]) -> None:
+        self._tables = list(tables)
+        self._index: pl.DataFrame | None = None
+
+    def answers(self, digests: Collection[str]) -> dict[str, tuple[Answer, str]]:
+        """The answer to each of these requests that was answered before, and the engine that gave it."""
+        if not self._tables or not digests:
+            return {}
+        found = {}
+        for number in self._where(digests):
+            table = self._read(
+                self._tables[number], ["request", "code", "raw", "finish_reason", "num_tokens", "engine"]
+            )
+            for row in table.filter(table["request"].is_in(list(digests))).iter_rows(named=True):
+                if row["code"] not in NOT_ANSWERED:
+                    answer = Answer("ok", row["raw"], row["finish_reason"], row["num_tokens"])
+                    found[row["request"]] = (answer, row["engine"])
+        return found
+
+    def _where(self, digests: Collection[str]) -> list[int]:
+        import polars as pl
+
+        if self._index is None:
+            parts = [
+                self._read(path, ["request"]).with_columns(table=pl.lit(number, pl.UInt32))
+                for number, path in enumerate(self._tables)
+            ]
+            self._index = pl.concat(parts)
+        chosen = self._index.filter(self._index["request"].is_in(list(digests)))
+        return sorted(chosen["table"].unique().to_list())
+
+    def _read(self, path: Path, columns: list[str]) -> pl.DataFrame:
+        import polars as pl
+
+        table = joined.read_table(path)
+        if "request" not in table.columns:  # imported, or made by a version that did not note requests
+            table = table.with_columns(request=pl.lit(None, pl.String))
+        return table.select(columns)
+
+
+def answered(rows: Iterable[dict[str, Any]]) -> dict[str, tuple[Answer, str]]:
+    """The same of journal lines."""
+    return {
+        row["request"]: (Answer(row["code"], row["raw"], row["finish_reason"], row["num_tokens"]), row["engine"])
+        for row in rows
+        if row["code"] == "ok" and row["request"]
+    }
+
+
+def tables_of(folders: Sequence[str]) -> list[Path]:
+    """The finished tables in folders of caption columns. Raises ``UserError`` for a folder that is none."""
+    found = []
+    for folder in map(Path, folders):
+        units = ledger.finished_units(folder)
+        if not units:
+            raise UserError(f"{folder} holds no finished captions to reuse. Name folders such as captions/synthetic.")
+        found += [folder / f"{unit}.parquet" for unit in units]
+    return found
+
+
+def intact(folder: Path, units: Iterable[str]) -> list[Path]:
+    """The tables of those units that are finished and hold the very bytes that their sidecars promise."""
+    found = []
+    for unit in units:
+        sidecar = ledger.read_sidecar(folder, unit, check_files=False)
+        name = f"{unit}.parquet"
+        if sidecar is None or name not in sidecar.files or not (folder / name).exists():
+            continue
+        if ledger.digest_file(folder / name) == sidecar.files[name]["sha256"]:
+            found.append(folder / name)
+    return found
