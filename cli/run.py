@@ -33,8 +33,8 @@ EXAMPLES: Final = {
 }
 ABOUT: Final = {
     "run": "Running it again goes on where it stopped. Outputs are under the manifest's `work`, or under --work.",
-    "plan": "Nothing is written. Some URLs are tried where a download is to run, some rows captioned where captions "
-    "come next. A stage after a changed one is done again only where its inputs differ.",
+    "plan": "Nothing is written. Some URLs are tried where a download is to run, some rows captioned where pairs "
+    "wait for captions. A stage after a changed one is done again only where its inputs differ.",
     "status": "Counts, sizes and times of what is finished so far.",
 }
 
@@ -154,8 +154,8 @@ def plan(
 def show_plan(manifest: Manifest, *, as_json: bool, sample: int = 0, gpus: int = 1, price: float | None = None) -> None:
     """Prints what would run and why. What comes after a stage that is to run waits for it.
 
-    Where a download is to run, ``sample`` of its URLs are tried first; where captioning is the next to run, ``sample``
-    rows are captioned.
+    Where a download is to run, ``sample`` of its URLs are tried first; where captions are to be made of pairs that are
+    there, ``sample`` rows are captioned.
     """
     from . import stamps
 
@@ -173,7 +173,7 @@ def show_plan(manifest: Manifest, *, as_json: bool, sample: int = 0, gpus: int =
     tried = forecast = None
     if sample and any(row["stage"] == "download" and row["what"] == "run" for row in rows):
         tried = _try_sample(manifest.stages["download"], sample)
-    if sample and waits_for == "recaption":
+    if sample and any(row["stage"] == "recaption" and row["what"] == "run" for row in rows):
         forecast = _caption_sample(manifest, sample)
     if as_json:
         found: dict[str, Any] = {"name": manifest.name, "work": str(manifest.work), "stages": rows}
@@ -186,12 +186,21 @@ def show_plan(manifest: Manifest, *, as_json: bool, sample: int = 0, gpus: int =
             print(line)
 
 
-def _caption_sample(manifest: Manifest, num_rows: int) -> Forecast:
+def _caption_sample(manifest: Manifest, num_rows: int) -> Forecast | None:
+    """A trial of the captioner on the pairs that are there; ``None`` while the prompt's inputs are not."""
+    from clips_data.errors import UserError
     from clips_data.executor import Job
+    from clips_data.recaption import prompts
     from clips_data.recaption.forecast import measure
+    from clips_data.recaption.rows import open_inputs
 
-    present.say(f"recaption: captioning {num_rows} rows (--sample 0 leaves this out)")
     config: Any = manifest.stages["recaption"]
+    try:
+        open_inputs(manifest.work, prompts.load(config.prompt), config.scores)
+    except UserError as error:
+        present.say(f"recaption: no caption is tried yet. {error}")
+        return None
+    present.say(f"recaption: captioning {num_rows} rows (--sample 0 leaves this out)")
     return measure(config, Job(work=manifest.work), num_rows)
 
 

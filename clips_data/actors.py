@@ -32,8 +32,11 @@ class _Actor:
         return self._handler(task)
 
 
-def map_on_actors(make: Callable[[int, int], Any], tasks: Sequence[Any], *, num_workers: int) -> Iterator[Any]:
-    """Yields the results of tasks as they finish. Each actor has a GPU of its own where the cluster has any.
+def map_on_actors(
+    make: Callable[[int, int], Any], tasks: Sequence[Any], *, num_workers: int, use_gpus: bool
+) -> Iterator[Any]:
+    """Yields the results of tasks as they finish. With ``use_gpus`` each actor has one of the cluster's, if it has any,
+    and there are as many actors as GPUs.
 
     Raises ``UserError`` when a task has lost several actors, or when the cluster has no place for any.
     """
@@ -42,7 +45,7 @@ def map_on_actors(make: Callable[[int, int], Any], tasks: Sequence[Any], *, num_
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus = int(resources.get("GPU", 0))
+    gpus = int(resources.get("GPU", 0)) if use_gpus else 0
     num_workers = max(1, min(max(num_workers, gpus), len(tasks)))
     remote: Any = ray.remote(num_cpus=1, num_gpus=int(gpus > 0))(_Actor)
     shared = ray.put(make)

@@ -136,18 +136,18 @@ def map_units(
 
 
 def map_on_workers(
-    make: Callable[[int, int], Any], tasks: Sequence[Any], *, num_workers: int, on: str = "local"
+    make: Callable[[int, int], Any], tasks: Sequence[Any], *, num_workers: int, on: str = "local", use_gpus: bool = True
 ) -> Iterator[Any]:
     """Yields what handlers return, as tasks finish. Each worker makes its handler once: ``make(number, num_gpus)``.
 
-    For handlers that are dear to make, such as models on GPUs. Locally a worker picks its GPU by its number; on Ray it
-    has one of its own, ``num_gpus`` is then 0, and the task of a worker that is lost goes to another one. ``make`` and
-    the tasks are pickled. A handler that raises ends the map.
+    For handlers that are dear to make, such as models on GPUs. With ``use_gpus`` a worker picks its GPU by its number
+    locally; on Ray it has one of its own, ``num_gpus`` is then 0, and there the task of a worker that is lost goes to
+    another one. ``make`` and the tasks are pickled. A handler that raises ends the map.
     """
     if on == "ray":
         from clips_data.actors import map_on_actors
 
-        yield from map_on_actors(make, tasks, num_workers=num_workers)
+        yield from map_on_actors(make, tasks, num_workers=num_workers, use_gpus=use_gpus)
         return
     context = multiprocessing.get_context("spawn")
     numbers = context.Queue()
@@ -155,7 +155,10 @@ def map_on_workers(
         numbers.put(number)
     before = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=_prepare_handler, initargs=(make, numbers, num_gpus())
+        num_workers,
+        mp_context=context,
+        initializer=_prepare_handler,
+        initargs=(make, numbers, num_gpus() if use_gpus else 0),
     )
     try:
         pending = {pool.submit(_handle, task) for task in tasks}

@@ -31,7 +31,7 @@ def run(config: ScoreConfig, job: Job) -> Report:
     ``UserError`` when torch, the model or a caption column is missing.
     """
     started = time.monotonic()
-    units = tuple(sorted(path.stem for path in job.only)) if job.only is not None else None
+    units = tuple(sorted({path.stem for path in job.only})) if job.only is not None else None
     given = joined.open_inputs(job.work, config.columns, units=units)
     out = job.out or job.work / schema.SCORES / config.name
     model = resolve_model(config)

@@ -49,7 +49,7 @@ def run(config: ShardConfig, job: Job) -> Report:
     _check_columns(config)
     report = Report("shard")
     config = _without_absent_scores(config, job.work, report)
-    units = tuple(sorted(path.stem for path in job.only)) if job.only is not None else None
+    units = tuple(sorted({path.stem for path in job.only})) if job.only is not None else None
     given = joined.open_inputs(job.work, config.columns, scores=config.scores, units=units, without_duplicates=True)
     if given.left_out:
         report.facts["left_out_as_duplicates"] = sum(len(keys) for keys in given.left_out.values())

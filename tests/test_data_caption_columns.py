@@ -119,6 +119,15 @@ def test_samples_become_columns_of_their_own_from_their_own_draws(
     assert report.counts == {"ok": 3 * GOOD} and len(report.units) == 3 * SHARDS
 
 
+def test_a_column_is_made_of_the_shards_that_another_column_names(
+    work: Path, tmp_path: Path, engine: Callable[..., None]
+) -> None:
+    named = caption(work, prompt(tmp_path, DRAWN), column="many").units[1:2]
+    text = "inputs: [many_0]\nuser: 'Shorten {many_0}'\n"
+    report = caption(work, prompt(tmp_path, text, "short"), column="short", job={"only": (*named, *named)})
+    assert [path.name for path in report.units] == ["00001.parquet"] and report.counts == {"ok": 5}
+
+
 def test_the_fields_of_a_shape_become_columns_of_one_call(
     work: Path, tmp_path: Path, engine: Callable[..., None]
 ) -> None:

@@ -517,7 +517,7 @@ def test_a_key_that_is_none_is_told_without_being_shown(
     server: Server, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.setenv("CAPTION_KEY", value)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError, match="API key" if value.strip() else "CAPTION_KEY") as told:
         EndpointEngine(build(server, key_env="CAPTION_KEY"))
     assert "cret" not in str(told.value).replace("secret", "")
 

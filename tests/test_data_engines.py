@@ -29,6 +29,7 @@ class BuildFragile:
     broken: bool = False
     marks: bool = False
     raises: str = ""
+    refuses: str = ""
     most_rows_in_memory: int = 1000
     max_batch_rows: int = 8
 
@@ -58,6 +59,8 @@ class FragileEngine(BatchEngine):
     def answer(self, requests: list[Request]) -> list[Answer]:
         if len(requests) > self.settings.most_rows_in_memory:
             raise MemoryError(f"no room for {len(requests)} rows")
+        if self.settings.refuses:
+            raise UserError(self.settings.refuses)
         if self.settings.raises:
             raise ValueError(self.settings.raises)
         for request in requests:
@@ -154,6 +157,11 @@ def test_an_engine_that_always_dies_ends_the_run_with_its_last_words(
     monkeypatch.setattr(engines, "MOST_DEATHS_IN_A_ROW", 3)
     with pytest.raises(UserError, match=r"died 4 times .* ValueError: kaputt.*engine\.log"):
         ask(BuildFragile(raises="kaputt"), "abcdefghijklmnop", tmp_path)
+
+
+def test_what_the_user_must_mend_ends_the_run_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^The key is wrong\. The engine's log is .*engine\.log\.$"):
+        ask(BuildFragile(refuses="The key is wrong."), "abc", tmp_path)
 
 
 def test_an_engine_that_cannot_start_says_why_and_where_its_log_is(tmp_path: Path) -> None:

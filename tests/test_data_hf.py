@@ -16,7 +16,7 @@ from PIL import Image
 
 from clips_data.demo import web
 from clips_data.errors import UserError
-from clips_data.recaption import choosing, template
+from clips_data.recaption import choosing, images, template
 from clips_data.recaption.choose import DEMO_MODEL
 from clips_data.recaption.engines import Decoding, Request
 from clips_data.recaption.hf import BuildHf, HfEngine
@@ -69,17 +69,19 @@ def test_the_length_cap_is_told(engine: HfEngine) -> None:
     assert (answer.finish_reason, answer.num_tokens) == ("length", 5)
 
 
-def test_the_first_stop_string_ends_an_answer_and_is_left_out(engine: HfEngine) -> None:
-    whole, cut, both = engine.answer(
-        [
-            asked(max_tokens=60),
-            asked(max_tokens=60, stop=("background",)),
-            asked(max_tokens=60, stop=("background", "on a")),
-        ]
-    )
-    assert cut.text == whole.text.partition("background")[0]
-    assert both.text == whole.text.partition("on a")[0]
-    assert (cut.finish_reason, both.num_tokens < cut.num_tokens < whole.num_tokens) == ("stop", True)
+def test_an_answer_is_what_its_tokens_spell_less_a_character_that_the_end_cuts_through(engine: HfEngine) -> None:
+    odd = "do n't , one ."
+    assert engine._read(engine.tokenizer.encode(odd, add_special_tokens=False), None, 1).text == odd
+    whole = engine.tokenizer.encode("字", add_special_tokens=False)
+    assert len(whole) > 1
+    assert [engine._read(ids, None, 1).text for ids in (whole, whole[:-1])] == ["字", ""]
+
+
+@pytest.mark.parametrize("stop", [("background",), ("background", "on a"), ("ground", "background")])
+def test_the_first_stop_string_ends_an_answer_and_is_left_out(engine: HfEngine, stop: tuple[str, ...]) -> None:
+    whole, cut = engine.answer([asked(max_tokens=60), asked(max_tokens=60, stop=stop)])
+    assert cut.text == min((whole.text.partition(word)[0] for word in stop), key=len)
+    assert (cut.finish_reason, cut.num_tokens < whole.num_tokens) == ("stop", True)
 
 
 def test_rows_that_cannot_be_asked_have_their_code_and_the_others_an_answer(engine: HfEngine) -> None:
@@ -180,7 +182,8 @@ def test_a_system_text_opens_the_users_turn_where_a_template_has_no_place_for_it
 def test_the_models_own_sampling_wishes_do_not_count(engine: HfEngine, model: Path) -> None:
     wishes = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 3.0, "eos_token_id": 2, "max_new_tokens": 3}
     (model / "generation_config.json").write_text(json.dumps(wishes))
-    assert HfEngine(BuildHf(str(model), device="cpu")).answer([asked()]) == engine.answer([asked()])
+    requests = [asked(number, max_tokens=100) for number in range(4)]
+    assert HfEngine(BuildHf(str(model), device="cpu")).answer(requests) == engine.answer(requests)
 
 
 def test_the_token_limit_is_the_least_of_those_that_are_known(model: Path) -> None:
@@ -224,6 +227,11 @@ def test_samples_are_drawn_from_the_models_distribution() -> None:
 def test_what_the_settings_rule_out_is_never_drawn(decoding: Decoding, allowed: set[int]) -> None:
     logits = torch.tensor([0.5, 0.3, 0.0, 0.15, 0.05]).log().expand(500, -1)
     assert set(choose(decoding, logits, list(range(500)))) == allowed
+
+
+def test_the_least_draw_does_not_take_a_token_of_no_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing.random.Random, "random", lambda self: 0.0)
+    assert choose(Decoding(temperature=1.0), torch.tensor([[float("-inf"), 0.0, 0.0]]), [1]) == [1]
 
 
 def test_a_rows_draws_differ_from_position_to_position() -> None:
@@ -290,7 +298,8 @@ def test_what_is_no_whole_picture_is_none(data: bytes) -> None:
     assert decode_image(data) is None
 
 
-def test_a_bomb_is_refused_from_its_header() -> None:
-    header = encoded(Image.new("L", (1, 1)), "PNG")
-    huge = header[:16] + (20_000).to_bytes(4) + (20_000).to_bytes(4) + header[24:]
-    assert decode_image(huge) is None
+def test_a_picture_above_the_cap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("RGB", (20, 10)), "PNG")
+    for cap, is_taken in ((200, True), (199, False)):
+        monkeypatch.setattr(images, "MAX_PIXELS", cap)
+        assert (decode_image(data) is not None) == is_taken

@@ -176,7 +176,7 @@ class Line:
         return Reply(head.status, asked_s, content, "" if is_answer else self._said(content, body))
 
     def _said(self, content: Any, body: bytes) -> str:
-        text = _message(content) or body[: 4 * MAX_SAID_CHARS].decode("utf-8", "replace")
+        text = _message(content) or body.decode("utf-8", "replace")
         if self._key is not None:
             text = text.replace(self._key, redact.REDACTED)
         return _NOT_SHOWN.sub(" ", text).strip()[:MAX_SAID_CHARS]

@@ -41,10 +41,15 @@ class BuildClips:
 class ClipsEngine(BatchEngine):
     def __init__(self, settings: BuildClips) -> None:
         """Raises ``UserError`` for a run without checkpoint, and for one that was trained without a captioner."""
-        import torch
+        try:
+            import torch
 
-        from clips_data import __version__
-        from clips_train import generate
+            from clips_data import __version__
+            from clips_train import generate
+        except ImportError as error:
+            raise UserError(
+                f"The clips engine needs {error.name}, which is not installed. Run: pip install 'clips[train]'"
+            ) from None
 
         super().__init__(settings.max_batch_rows)
         self._trained = generate.load_trained(Path(settings.run), settings.device)

@@ -301,9 +301,12 @@ class EngineProcess:
             if self._connection.poll(0.2):
                 try:
                     kind, value = self._connection.recv()
-                    return kind, value
                 except (EOFError, OSError):
                     break
+                if kind == "user_error":
+                    self.close()
+                    raise UserError(f"{value} The engine's log is {self._log}.")
+                return kind, value
             if not self._process.is_alive() and not self._connection.poll(0):
                 break
         else:
@@ -339,6 +342,9 @@ def _serve(connection: Connection, build: Build, log: Path, marked: Any, gpu: in
         engine = build()
         _send(connection, ("up", engine.about))
         _work(connection, engine)
+    except UserError as error:  # of no use to be tried again
+        _send(connection, ("user_error", str(error)))
+        raise
     except Exception as error:  # whatever a third-party engine raises is told to the user by the parent
         _send(connection, (_kind(error), f"{type(error).__name__}: {error}"))
         raise

@@ -55,8 +55,13 @@ class _Row:
 class HfEngine(BatchEngine):
     def __init__(self, settings: BuildHf) -> None:
         """Raises ``UserError`` for a model that cannot be loaded, takes no images or has no chat template."""
-        import torch
-        import transformers
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise UserError(
+                f"The transformers engine needs {error.name}, which is not installed. Run: pip install 'clips[train]'"
+            ) from None
 
         super().__init__(settings.max_batch_rows)
         name = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
@@ -126,8 +131,6 @@ class HfEngine(BatchEngine):
         picture = decode_image(request.image) if request.image is not None else None
         if request.image is not None and picture is None:
             return Answer("unreadable_image")
-        if len(ids) + request.decoding.max_tokens > self.max_tokens:
-            return Answer("prompt_too_long")
         return _Row(place, request, text, picture)
 
     def _answer_alike(self, rows: list[_Row]) -> dict[int, Answer]:

@@ -64,7 +64,9 @@ def prepare(config: RecaptionConfig, prompt: prompts.Prompt, job: Job) -> tuple[
     made = prompt.column_names(config.column)
     if taken := sorted({config.column, *made} & {joined.WEB, *prompt.inputs}):
         raise UserError(f"Column {taken[0]!r} is an input; columns are never overwritten. Name another with --column.")
-    pairs = job.only[0].parent if job.only else job.work / schema.PAIRS
+    pairs = job.work / schema.PAIRS
+    if job.only and job.only[0].with_suffix(".tar").exists():  # and not the tables of another column
+        pairs = job.only[0].parent
     refuse_unfinished(pairs)
     units = _units(pairs, job)
     base = job.out or job.work / schema.CAPTIONS / config.column
@@ -159,7 +161,7 @@ def _caption(work: Work, units: list[str], job: Job, report: Report, totals: Cou
     """Captions the units with as many replicas as the job asks for; whether the budget ended it."""
     from tqdm import tqdm
 
-    num_replicas = _num_replicas(job, len(units))
+    num_replicas = _num_replicas(work, job, len(units))
     if job.budget is not None:
         work = replace(work, budget_s=budget_s(job.budget) / num_replicas)
     generating = time.monotonic()
@@ -180,12 +182,16 @@ def _caption(work: Work, units: list[str], job: Job, report: Report, totals: Cou
     return bool(facts.get("out_of_budget"))
 
 
-def _num_replicas(job: Job, num_units: int) -> int:
-    """``--processes`` where it was given, else one for each GPU here; never more than there are shards."""
+def _num_replicas(work: Work, job: Job, num_units: int) -> int:
+    """``--processes``, or one for each GPU here where these are more; never more than there are shards."""
     if job.limit is not None:
         return 1
-    gpus = executor.num_gpus() if job.executor == "local" else 0
+    gpus = executor.num_gpus() if job.executor == "local" and _wants_gpu(work) else 0
     return max(1, min(max(job.processes, gpus), num_units))
+
+
+def _wants_gpu(work: Work) -> bool:
+    return work.engine != "endpoint"
 
 
 def _here(work: Work, units: list[str], job: Job, progress: Any, facts: dict[str, Any]) -> Iterator[Done]:
@@ -202,7 +208,9 @@ def _spread(work: Work, units: list[str], job: Job, num_replicas: int, facts: di
     tasks = [tuple(units[start : start + num_per_task]) for start in range(0, len(units), num_per_task)]
     # On a cluster the process that a lost node leaves behind may hold its journal for a moment.
     make = _MakeReplica(replace(work, lock_wait_s=LOCK_WAIT_S if job.executor == "ray" else 0.0), job.quiet)
-    for done, told in executor.map_on_workers(make, tasks, num_workers=num_replicas, on=job.executor):
+    for done, told in executor.map_on_workers(
+        make, tasks, num_workers=num_replicas, on=job.executor, use_gpus=_wants_gpu(work)
+    ):
         facts["startup_s"] = max(facts.get("startup_s", 0.0), told["startup_s"])
         facts["engine_deaths"] = facts.get("engine_deaths", 0) + told["engine_deaths"]
         facts["num_gpus"] = told["num_gpus"]

@@ -88,3 +88,11 @@ def special_tokens(tokenizer: Any) -> list[str]:
             text = text.replace(word, "\0")
         words |= {piece.strip() for piece in text.split("\0") if piece.strip().endswith(":")}
     return sorted(word for word in words if len(word.strip()) > 2)
+
+
+def of_processor(model: str, **options: Any) -> str | None:
+    """The chat template that a checkpoint's processor has."""
+    import transformers
+
+    template: str | None = getattr(transformers.AutoProcessor.from_pretrained(model, **options), "chat_template", None)
+    return template

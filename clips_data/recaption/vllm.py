@@ -71,6 +71,7 @@ class VllmEngine:
         import vllm
 
         on_gpu = torch.cuda.is_available()
+        code = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
         options: dict[str, Any] = {}
         if settings.max_model_tokens:
             options["max_model_len"] = settings.max_model_tokens
@@ -89,11 +90,16 @@ class VllmEngine:
             mm_processor_cache_gb=0,  # each image is seen once
             enable_prefix_caching=settings.share_prefix,
             disable_log_stats=True,
+            # Else a model may fill its whole allowance with blanks between two keys. vLLM 0.32 heeds it only here.
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             trust_remote_code=settings.trust_remote_code,
             **options,
         )
         self.llm = llm.llm_engine
-        self.tokenizer: Any = llm.get_tokenizer()
+        tokenizer: Any = llm.get_tokenizer()
+        if tokenizer.chat_template is None and settings.needs_image:  # older checkpoints give it to the processor
+            tokenizer.chat_template = template.of_processor(settings.model, **code)
+        self.tokenizer = tokenizer
         self.max_tokens = self.llm.model_config.max_model_len
         self.image_token = template.image_token_id(self.llm.model_config.hf_config)
         self.about = {
@@ -205,6 +211,5 @@ def _sampling(request: Request) -> Any:
         stop=list(decoding.stop),
         seed=request.seed,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        # Without it a model may fill its whole allowance with white space between two keys.
-        structured_outputs=StructuredOutputsParams(json=shape, disable_any_whitespace=True) if shape else None,
+        structured_outputs=StructuredOutputsParams(json=shape) if shape else None,
     )
