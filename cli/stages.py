@@ -45,6 +45,8 @@ class Stage:
     call: Callable[[Stage, Any, Job, str], Report] = lambda stage, config, job, run: load(stage.entry)(config, job)
     watches: Callable[[Any], dict[str, Path]] = lambda config: {}
     """Files outside the work folder that the stage reads, by the config key that names them."""
+    beside: Callable[[Any], list[str]] = lambda config: []
+    """Further folders that the stage writes, relative to the work folder."""
     of_run: bool = False
     """Whether the stage works on one training run, so that a manifest's name is the run's."""
 
@@ -106,11 +108,11 @@ def _existing(config: Any, *keys: str) -> dict[str, Path]:
     return {key: path for key, path in paths.items() if path.exists()}
 
 
-def _recaption_folder(config: Any) -> str:
-    """Of the first column that the prompt makes; further ones lie beside it."""
+def _recaption_folders(config: Any) -> list[str]:
+    """Of the columns that the prompt makes."""
     from clips_data.recaption import prompts
 
-    return f"captions/{prompts.load(config.prompt).column_names(config.column)[0]}"
+    return [f"captions/{name}" for name in prompts.load(config.prompt).column_names(config.column)]
 
 
 def _recaption_reads(config: Any, run: str) -> list[str]:
@@ -163,7 +165,8 @@ STAGES: Final[dict[str, Stage]] = {
             "recaption",
             "clips_data.config:RecaptionConfig",
             "clips_data.recaption.run:run",
-            folder=lambda config, run: _recaption_folder(config),
+            folder=lambda config, run: _recaption_folders(config)[0],
+            beside=lambda config: _recaption_folders(config)[1:],
             reads=_recaption_reads,
             watches=_recaption_watches,
             about="A new prompt or model is a new column. A kill loses at most the batch in flight.",

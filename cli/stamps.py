@@ -50,7 +50,7 @@ def standing(manifest: Manifest, work: Path, stage: str) -> Standing:
     from clips_data.ledger import read_sidecar
 
     folder = work / STAGES[stage].folder(manifest.stages[stage], manifest.run_of(stage))
-    unit, found = _unit(manifest, stage), dict(_files(folder))
+    unit, found = _unit(manifest, stage), _made(manifest, work, stage)
     now = Standing(
         stage,
         "missing",
@@ -84,9 +84,8 @@ def stamp(manifest: Manifest, work: Path, stage: str, report: Report) -> None:
     """Records that ``stage`` has finished. Called after the stage has committed all of its own files."""
     from clips_data import ledger
 
-    folder = work / STAGES[stage].folder(manifest.stages[stage], manifest.run_of(stage))
     unit = _unit(manifest, stage)
-    made = {"files": dict(_files(folder)), "seconds": round(report.seconds, 3), "facts": report.facts}
+    made = {"files": _made(manifest, work, stage), "seconds": round(report.seconds, 3), "facts": report.facts}
     with ledger.readable_disk_errors(work):
         (work / FOLDER).mkdir(parents=True, exist_ok=True)
         ledger.part(work / FOLDER / f"{unit}.json").write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
@@ -98,6 +97,15 @@ def stamp(manifest: Manifest, work: Path, stage: str, report: Report) -> None:
             config=manifest.saved(stage),
             counts=report.counts,
         )
+
+
+def _made(manifest: Manifest, work: Path, stage: str) -> dict[str, int]:
+    """Bytes of each finished file of ``stage``, by its name in the stage's folder or, elsewhere, in the work folder."""
+    config = manifest.stages[stage]
+    found = dict(_files(work / STAGES[stage].folder(config, manifest.run_of(stage))))
+    for name in STAGES[stage].beside(config):
+        found |= {f"{name}/{file}": size for file, size in _files(work / name)}
+    return found
 
 
 def inputs_of(manifest: Manifest, work: Path, stage: str) -> dict[str, str]:

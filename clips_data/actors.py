@@ -35,18 +35,14 @@ class _Actor:
 def map_on_actors(
     make: Callable[[int, int], Any], tasks: Sequence[Any], *, num_workers: int, use_gpus: bool
 ) -> Iterator[Any]:
-    """Yields the results of tasks as they finish. With ``use_gpus`` each actor has one of the cluster's, if it has any,
-    and there are as many actors as GPUs.
+    """Yields the results of tasks as they finish. With ``use_gpus`` each actor has a GPU, if the cluster has any.
 
     Raises ``UserError`` when a task has lost several actors, or when the cluster has no place for any.
     """
     import ray
 
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus = int(resources.get("GPU", 0)) if use_gpus else 0
-    num_workers = max(1, min(max(num_workers, gpus), len(tasks)))
+    gpus = num_gpus_of_cluster() if use_gpus else 0
+    num_workers = min(num_workers, len(tasks))
     remote: Any = ray.remote(num_cpus=1, num_gpus=int(gpus > 0))(_Actor)
     shared = ray.put(make)
     actors: dict[Any, Any] = {}  # what an actor is at -> (actor, its task; None while it is being made)
@@ -93,6 +89,16 @@ def map_on_actors(
     finally:
         for actor, _ in actors.values():
             ray.kill(actor)
+
+
+def num_gpus_of_cluster() -> int:
+    """Of the cluster that ``RAY_ADDRESS`` names, or of a local one that is started where it names none."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return int(resources.get("GPU", 0))
 
 
 def _check_losses(losses: Counter[int], num_workers: int) -> None:

@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Any, Final
 from clips_data.errors import Interrupted, UsageError, UserError
 
 RAY_RETRIES: Final = 3
+WORKER_PATIENCE_S: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,13 @@ def map_on_workers(
             "run the same command again, with fewer --processes if memory is short."
         ) from None
     finally:
-        for worker in set(multiprocessing.active_children()) - before:
-            worker.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
+        workers = set(multiprocessing.active_children()) - before
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join(WORKER_PATIENCE_S)
+            worker.kill()
 
 
 _make_handler: Callable[[], Any] | None = None
@@ -184,6 +190,7 @@ _handler: Any = None
 def _prepare_handler(make: Callable[[int, int], Any], numbers: Any, gpus: int) -> None:
     global _make_handler
     _prepare_worker()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what is open is closed on the way out
     number = numbers.get()
     _make_handler = lambda: make(number, gpus)  # noqa: E731
 
@@ -197,8 +204,15 @@ def _handle(task: Any) -> Any:
     return _handler(task)
 
 
-def num_gpus() -> int:
-    """GPUs that this process may use, by the driver's own files: asking torch would cost seconds."""
+def num_gpus(on: str = "local") -> int:
+    """GPUs that this process may use, or those of the Ray cluster.
+
+    Here by the driver's own files: asking torch would cost seconds.
+    """
+    if on == "ray":
+        from clips_data.actors import num_gpus_of_cluster
+
+        return num_gpus_of_cluster()
     if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return len([piece for piece in seen.split(",") if piece.strip() not in ("", "-1")])
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))

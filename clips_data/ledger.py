@@ -26,6 +26,7 @@ from clips_data.schema import SCHEMA_VERSION
 
 PART = ".part"
 SIDECAR = ".done.json"
+WHOLE_FILE_BYTES = 64 << 20
 
 
 def digest_bytes(data: bytes) -> str:
@@ -35,6 +36,27 @@ def digest_bytes(data: bytes) -> str:
 def digest_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_model(folder: Path, suffixes: tuple[str, ...]) -> str:
+    """Tells a model's folder from others: small files by their content, large ones by their size and three pieces."""
+    about: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix in suffixes:
+            size = path.stat().st_size
+            name = path.relative_to(folder).as_posix()
+            about[name] = digest_file(path) if size <= WHOLE_FILE_BYTES else [size, _digest_pieces(path, size)]
+    return digest_json(about)
+
+
+def _digest_pieces(path: Path, size_bytes: int) -> str:
+    """Of the first, middle and last MiB: other weights of one shape differ everywhere."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in (0, size_bytes // 2, size_bytes - (1 << 20)):
+            file.seek(start)
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()
 
 
 def digest_json(value: Any) -> str:
@@ -300,6 +322,13 @@ def readable_disk_errors(where: Path) -> Iterator[None]:
         ) from error
 
 
+def remove_idle_journal(path: Path) -> None:
+    """Removes the journal of finished work, unless a process that is about to do so has it open."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+
+
 class Journal:
     """Append-only JSON lines, flushed to disk per batch, so that a kill loses at most the batch in flight.
 
@@ -337,7 +366,10 @@ class Journal:
         while True:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                if self._is_in_place():
+                    return
+                self._file.close()
+                self._file = self.path.open("ab")
             except BlockingIOError:
                 if time.monotonic() < end:
                     time.sleep(0.2)
@@ -347,6 +379,13 @@ class Journal:
                     f"Another process is at work on {self.path}. Wait for it, or give this one other shards (--slice) "
                     "or another --out."
                 ) from None
+
+    def _is_in_place(self) -> bool:
+        """Whether the path still leads to the open file: who held the lock may have removed it, its work done."""
+        try:
+            return os.fstat(self._file.fileno()).st_ino == self.path.stat().st_ino
+        except FileNotFoundError:
+            return False
 
     def _read(self) -> tuple[list[dict[str, Any]], int]:
         if not self.path.exists():
@@ -372,5 +411,5 @@ class Journal:
     def close(self, *, remove: bool = False) -> None:
         """Closes the file; ``remove`` deletes it once its rows are committed elsewhere."""
         if remove:
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
         self._file.close()

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 DEMO_MODEL: Final = Path(__file__).parent / "demo" / "weights" / "clip"
 LOCAL: Final = "local-dir:"
 NOT_IN_DIGEST: Final = {"name", "model"}  # the model counts by its digest, wherever its folder lies
-WHOLE_FILE_DIGEST_BYTES: Final = 64 << 20
 
 
 def run(config: ScoreConfig, job: Job) -> Report:
@@ -61,18 +60,13 @@ def resolve_model(config: ScoreConfig) -> str:
 
 
 def model_digest(model: str) -> str:
-    """Content of a local model, the name of any other. Files too large to hash in passing count by size."""
+    """Content of a local model, the name of any other."""
     if not model.startswith(LOCAL):
         return model
     folder = Path(model.removeprefix(LOCAL))
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}. Name an open_clip model, hf-hub:NAME or local-dir:FOLDER.")
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".bin", ".pt", ".txt"):
-            size = path.stat().st_size
-            found[path.name] = ledger.digest_file(path) if size <= WHOLE_FILE_DIGEST_BYTES else f"{size} bytes"
-    return ledger.digest_json(found)
+    return ledger.digest_model(folder, (".json", ".safetensors", ".bin", ".pt", ".txt"))
 
 
 def _score(

@@ -271,6 +271,78 @@ def test_images_marked_as_duplicates_are_not_captioned(tmp_path: Path, engine: C
     assert asked(tmp_path) == 15
 
 
+def test_more_shards_of_known_answers_than_files_may_be_open_are_committed_one_by_one(
+    tmp_path: Path, engine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    work = tmp_path / "w"
+    pairsmaker.write_pairs(work, num_shards=70, shard_rows=2)
+    caption(work, prompt(tmp_path))
+    asked(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr("clips_data.recaption.replica.MOST_OPEN_SHARDS", 4)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard))
+    try:
+        report = caption(work, prompt(tmp_path), column="again", reuse=(str(work / "captions" / "synthetic"),))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (report.made, report.counts, asked(tmp_path)) == (70, {"ok": 140}, 0)
+
+
+def test_a_second_overwrite_after_a_kill_pays_nothing_again(
+    work: Path, tmp_path: Path, engine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caption(work, prompt(tmp_path))
+    asked(tmp_path)
+    cleaned = prompt(tmp_path, GREEDY + "clean: {first_sentence: true}\n", "q")
+    with monkeypatch.context() as broken:
+        broken.setattr("clips_data.caption_table.commit", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            caption(work, cleaned, job={"overwrite": True})
+    for journal in (work / "captions" / "synthetic").glob("*.journal.jsonl"):
+        journal.unlink()
+    assert caption(work, cleaned, job={"overwrite": True}).counts == {"ok": GOOD}
+    assert asked(tmp_path) == 0
+
+
+def test_images_that_are_no_duplicates_any_more_are_captioned(tmp_path: Path, engine: Callable[..., None]) -> None:
+    pairsmaker.write_pairs(
+        tmp_path / "w", num_shards=2, change=lambda n, row: row.update(image=pairsmaker.image_bytes(n % 6))
+    )
+    duplicates.write(tmp_path / "w" / "pairs", "sha256")
+    assert caption(tmp_path / "w", prompt(tmp_path)).counts == {"ok": 5, "duplicate": 5}
+    shutil.rmtree(tmp_path / "w" / "pairs" / duplicates.FOLDER)
+    assert caption(tmp_path / "w", prompt(tmp_path)).counts == {"ok": 10}
+
+
+def test_what_another_process_has_finished_meanwhile_is_not_asked_again(
+    work: Path, tmp_path: Path, engine: Callable[..., None]
+) -> None:
+    config = RecaptionConfig(prompt=prompt(tmp_path))
+    late, units = recaption.prepare(config, recaption.prompts.load(config.prompt), Job(work=work))
+    caption(work, prompt(tmp_path))
+    asked(tmp_path)
+    with recaption.Replica(late, quiet=True) as replica:
+        done = list(replica.caption(units))
+    assert asked(tmp_path) == 0 and sum((one.counts for one in done), Counter()) == {"ok": GOOD}
+
+
+def test_a_text_that_no_file_can_hold_costs_no_row(
+    work: Path, tmp_path: Path, engine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clips_data.recaption import rows as one_row
+
+    real, half = one_row.Recipe.line, "A boat \ud83d on the water."
+    monkeypatch.setattr(
+        one_row.Recipe,
+        "line",
+        lambda self, item, answer, engine: real(self, item, type(answer)(answer.code, half, "stop", 5), engine),
+    )
+    assert caption(work, prompt(tmp_path)).counts == {"ok": GOOD}
+    assert set(rows(work)["caption"]) == {"A boat \ufffd on the water."}
+
+
 # --- rows that go other ways ---
 
 

@@ -26,6 +26,7 @@ class BuildFragile:
 
     deadly: tuple[str, ...] = ()
     hanging: tuple[str, ...] = ()
+    stopping: tuple[str, ...] = ()
     broken: bool = False
     marks: bool = False
     raises: str = ""
@@ -65,6 +66,8 @@ class FragileEngine(BatchEngine):
             raise ValueError(self.settings.raises)
         for request in requests:
             self._die_of(request)
+            if request.user in self.settings.stopping:
+                os.kill(os.getpid(), signal.SIGSTOP)
             if request.user in self.settings.hanging:
                 time.sleep(600)
         return [Answer("ok", f"said {request.user}", "stop", 2) for request in requests]
@@ -154,7 +157,7 @@ def test_an_engine_without_memory_goes_on_with_fewer_rows_and_marks_none(
 def test_an_engine_that_always_dies_ends_the_run_with_its_last_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "MOST_DEATHS_IN_A_ROW", 3)
+    monkeypatch.setattr(engines, "MOST_DEATHS_IN_A_ROW", -1)
     with pytest.raises(UserError, match=r"died 4 times .* ValueError: kaputt.*engine\.log"):
         ask(BuildFragile(raises="kaputt"), "abcdefghijklmnop", tmp_path)
 
@@ -167,6 +170,15 @@ def test_what_the_user_must_mend_ends_the_run_at_once(tmp_path: Path) -> None:
 def test_an_engine_that_cannot_start_says_why_and_where_its_log_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"RuntimeError: no such device.*engine\.log"):
         ask(BuildFragile(broken=True), "a", tmp_path)
+
+
+def test_a_child_that_stops_reading_is_killed_at_its_deadline(tmp_path: Path) -> None:
+    """Stopped as a whole, as code that holds the interpreter's lock would be: not even its reading thread runs."""
+    build = BuildFragile(stopping=("b" * 3_000_000,), max_batch_rows=4)
+    users = ["a", "b" * 3_000_000, *(c * 3_000_000 for c in "cdef")]
+    answers, engine = ask(build, users, tmp_path, deadline_s=3.0)  # type: ignore[arg-type]
+    assert [answer[:6] for answer in answers] == ["said a", "engine", "said c", "said d", "said e", "said f"]
+    assert engine.num_deaths >= 2
 
 
 def test_large_requests_and_answers_do_not_block_each_other(tmp_path: Path) -> None:

@@ -105,7 +105,25 @@ def test_without_a_gpu_hours_are_not_called_gpu_hours() -> None:
 
 
 def test_the_spread_among_blocks_widens_the_interval() -> None:
-    steady = [number * 0.1 for number in range(1000)]
-    bursts = [(number // 100) * 10 + (number % 100) * (0.01 if number // 100 % 2 else 0.1) for number in range(1000)]
-    assert forecast._rate(steady)[0] == pytest.approx(10, rel=0.01)
-    assert forecast._rate(steady)[1] < 0.01 < forecast._rate(bursts)[1]
+    steady = [(number * 0.1 + 0.01 * (number % 3), 1) for number in range(1000)]
+    uneven = [(number // 100 * 10 + number % 100 * (0.01 if number // 100 % 2 else 0.1), 1) for number in range(1000)]
+    assert forecast._rate(steady, 0.0)[0] == pytest.approx(10, rel=0.01)
+    assert forecast._rate(steady, 0.0)[1] < 0.02 < forecast._rate(uneven, 0.0)[1]
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_answers_that_come_in_batches_are_counted_with_the_time_of_their_batch(batch: int) -> None:
+    """Eight answers every six seconds are eight in six, also where the trial ends at the first of a batch."""
+    landed = [(6.0 * (number // batch + 1) + 0.001 * (number % batch), 1) for number in range(5 * batch + 1)]
+    rate, width = forecast._rate(landed, 0.0)
+    assert rate == pytest.approx(batch / 6, rel=0.01)
+    assert width < 0.05
+
+
+def test_rows_that_no_model_sees_are_not_projected(tmp_path: Path) -> None:
+    pairsmaker.write_pairs(
+        tmp_path, num_shards=4, change=lambda n, row: row.update(caption="" if n % 2 else row["caption"])
+    )
+    (tmp_path / "p.yaml").write_text("inputs: [image, web]\nuser: 'Alt-text {web}'\n")
+    said = forecast.measure(RecaptionConfig(prompt=str(tmp_path / "p.yaml")), Job(work=tmp_path), 20)
+    assert said.num_left == said.codes["ok"] == 12

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -141,3 +142,19 @@ def test_a_dry_run_with_overwrite_says_what_would_be_made_again_and_removes_noth
     assert ledger.finished_units(tmp_path) == ["a", "b"]
     ledger.stand(tmp_path, inputs_of, {}, overwrite=True, dry_run=False)
     assert ledger.finished_units(tmp_path) == ["a"]
+
+
+def test_a_journal_that_its_holder_removes_is_begun_anew_by_who_waited_for_it(tmp_path: Path) -> None:
+    path, header = tmp_path / "00000.journal.jsonl", {"inputs": {}}
+    holder = Journal(path, header)
+    holder.append([{"key": "1"}])
+    waiting: list[Journal] = []
+    thread = threading.Thread(target=lambda: waiting.append(Journal(path, header, lock_wait_s=30.0)))
+    thread.start()
+    time.sleep(0.3)
+    assert not waiting
+    holder.close(remove=True)
+    thread.join()
+    waiting[0].append([{"key": "2"}])
+    waiting[0].close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [header, {"key": "2"}]

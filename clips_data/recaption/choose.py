@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from clips_data.recaption.prompts import Prompt
 
 DEMO_MODEL: Final = Path(__file__).parent.parent / "demo" / "weights" / "captioner"
-WHOLE_FILE_DIGEST_BYTES: Final = 64 << 20
 CONTENT: Final = (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin")
 
 
@@ -99,14 +98,8 @@ def model_path(name: str) -> str:
 
 
 def model_digest(config: RecaptionConfig) -> str:
-    """Content of a local model; name and revision of any other. Files too large to hash in passing count by size."""
+    """Content of a local model; name and revision of any other."""
     folder = Path(model_path(config.model))
     if not folder.is_dir():
         return f"{config.model}@{config.model_revision}" if config.model_revision else config.model
-    about = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix in CONTENT:
-            size = path.stat().st_size
-            digest = ledger.digest_file(path) if size <= WHOLE_FILE_DIGEST_BYTES else f"{size} bytes"
-            about[str(path.relative_to(folder))] = digest
-    return ledger.digest_json(about)
+    return ledger.digest_model(folder, (*CONTENT, ".py") if config.trust_remote_code else CONTENT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 import queue
@@ -27,9 +28,9 @@ from clips_data.errors import UserError
 
 T = TypeVar("T")
 
-MOST_DEATHS_IN_A_ROW: Final = 12
-"""Deaths without any answer between them after which the engine itself is at fault, and not a row. Narrowing 512 rows
-down to one takes fewer."""
+MOST_DEATHS_IN_A_ROW: Final = 4
+"""Deaths without any answer between them, beside those that narrow the rows in flight down to one, after which the
+engine itself is at fault and not a row."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ class EngineProcess:
         self.startup_s = 0.0
         self.num_deaths = 0
         self._deaths_in_a_row = 0
+        self._sending_since = math.inf
         self._numbers = itertools.count()
         self._process: Any = None
         self._connection: Connection | None = None
@@ -167,6 +169,7 @@ class EngineProcess:
         arguments = (theirs, self._build, self._log, self._marked, self._gpu)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
+        threading.Thread(target=self._watch, args=(self._process,), daemon=True).start()
         theirs.close()
         try:
             kind, value = self._receive(self._startup_deadline_s)
@@ -179,7 +182,7 @@ class EngineProcess:
     def _restart(self, death: EngineDied) -> None:
         self.num_deaths += 1
         self._deaths_in_a_row += 1
-        if self._deaths_in_a_row > MOST_DEATHS_IN_A_ROW:
+        if self._deaths_in_a_row > MOST_DEATHS_IN_A_ROW + int(self.about["capacity"]).bit_length():
             raise UserError(
                 f"The captioning engine died {self._deaths_in_a_row} times without one answer between; the last time "
                 f"{death}. What was captioned is kept. Its log is {self._log}; mend the cause and run the same command "
@@ -211,10 +214,11 @@ class EngineProcess:
 
     # --- questions and answers ----------------------------------------------------------------------------------------
 
-    def stream(self, requests: Iterable[tuple[T, Request]]) -> Iterator[tuple[T, Answer]]:
+    def stream(self, requests: Iterable[tuple[T, Request] | None]) -> Iterator[tuple[T, Answer]]:
         """Answers as they become ready, in any order, each with what came with its request.
 
-        Requests are taken from the iterable as the engine has room, so it may be endless. A row on which the engine
+        Requests are taken from the iterable as the engine has room, so it may be endless; ``None`` says that there are
+        no more before some answers were taken. A row on which the engine
         dies twice gets the code ``engine_died``. Raises ``UserError`` when the engine cannot be started again.
         """
         waiting = iter(requests)
@@ -223,6 +227,8 @@ class EngineProcess:
             try:
                 room = self.about["capacity"] - len(flying)
                 for item in itertools.islice(waiting, max(0, room)):
+                    if item is None:  # no more before some answers are taken
+                        break
                     number = next(self._numbers)
                     flying[number] = item
                     self._send(number, item[1])
@@ -282,10 +288,20 @@ class EngineProcess:
 
     def _send(self, number: int, request: Request) -> None:
         assert self._connection is not None
+        self._sending_since = time.monotonic()
         try:
             self._connection.send((number, request))
         except OSError:
             self._receive_last_words()
+        finally:
+            self._sending_since = math.inf
+
+    def _watch(self, process: Any) -> None:
+        """A child that hangs in C may leave its pipe full: a send to it would never end."""
+        while process.is_alive():
+            if time.monotonic() - self._sending_since > self._deadline_s:
+                process.kill()
+            time.sleep(0.2)
 
     def _receive_last_words(self) -> None:
         """The child is gone: raises why, in its own words where it left some."""

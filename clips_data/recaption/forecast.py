@@ -32,6 +32,7 @@ LONGEST_S: Final = 120.0
 BLOCKS: Final = 10
 T_OF_BLOCKS: Final = 2.26
 """Student's t for a 95 % interval of the mean of ten."""
+LEAST_BURSTS: Final = 4
 DRIFT: Final = 0.15
 """How far the pace of a later run lies from a short trial beside what the trial's own spread tells, as a share."""
 
@@ -150,7 +151,8 @@ def _left(work: replica.Work, unit: str) -> int:
     assert sidecar is not None
     journal = work.journal(unit)
     done = max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
-    return max(0, sidecar.counts.get("ok", 0) * work.prompt.sampling.num_samples - done)
+    images = sidecar.counts.get("ok", 0) - len(work.left_out.get(unit, ()))
+    return max(0, images * work.prompt.sampling.num_samples - done)
 
 
 def _measure(work: replica.Work, engine: EngineProcess, sample: list[rows.Row], num_left: int) -> Forecast:
@@ -177,9 +179,11 @@ def _measure(work: replica.Work, engine: EngineProcess, sample: list[rows.Row], 
         if not loaded_from and len(landed) >= engine.about["capacity"] // 2:
             loaded_from = now
         complete = len(answers) == len(items)
-        if (complete and loaded_from and now - loaded_from > LOADED_S) or now - begun > LONGEST_S:
+        enough = complete and loaded_from and now - loaded_from > LOADED_S
+        if now - begun > LONGEST_S or (enough and len(_ends_of_bursts(landed, loaded_from)) >= LEAST_BURSTS):
             break
-    return _project(work, engine, recipe, items, answers, landed, begun, loaded_from, num_left)
+    share_asked = len(asked) / len(items)
+    return _project(work, engine, recipe, items, answers, landed, begun, loaded_from, round(num_left * share_asked))
 
 
 def _project(
@@ -197,8 +201,7 @@ def _project(
     lines = [recipe.line(item, answer, work.engine) for item, answer in said]
     codes = Counter(row["code"] for line in lines for row in recipe.column_rows(line).values())
     tokens = sorted(answer.num_tokens for item, answer in said if item.request is not None) or [0]
-    loaded = [moment for moment in landed if moment[0] >= (loaded_from or begun)]
-    rate, spread = _rate([moment for moment, _ in loaded])
+    rate, spread = _rate(landed, loaded_from or begun)
     mean = statistics.mean(tokens)
     lengths = 2 * statistics.stdev(tokens) / math.sqrt(len(tokens)) / mean if len(tokens) > 1 and mean else 0.0
     width = min(0.8, math.hypot(spread, lengths, DRIFT))
@@ -221,14 +224,34 @@ def _project(
     )
 
 
-def _rate(moments: list[float]) -> tuple[float, float]:
-    """Answers per second, and the half-width of its 95 % interval as a share, from the spread among ten blocks."""
-    if len(moments) < 2 * BLOCKS:
-        seconds = moments[-1] - moments[0] if moments else 0.0
-        return (len(moments) - 1) / seconds if seconds > 0 else float(len(moments)), 0.5
-    seconds = moments[-1] - moments[0]
-    edges = [moments[0] + seconds * number / BLOCKS for number in range(BLOCKS + 1)]
-    counts = [sum(low < moment <= high for moment in moments) for low, high in itertools.pairwise(edges)]
-    rate = sum(counts) / seconds
-    error = statistics.stdev(counts) / math.sqrt(BLOCKS) / statistics.mean(counts)
-    return rate, T_OF_BLOCKS * error
+def _ends_of_bursts(landed: list[tuple[float, int]], since: float) -> list[int]:
+    """Places of the answers after which none came for longer than usual, as at the end of an engine's batch.
+
+    What lies between two of them was begun and ended within the time between them.
+    """
+    first = next((place for place, (moment, _) in enumerate(landed) if moment >= since), len(landed))
+    gaps = [(place, landed[place + 1][0] - landed[place][0]) for place in range(first, len(landed) - 1)]
+    usual = statistics.mean(gap for _, gap in gaps) if gaps else 0.0
+    return [place for place, gap in gaps if gap >= usual]
+
+
+def _rate(landed: list[tuple[float, int]], since: float) -> tuple[float, float]:
+    """Answers per second, and the half-width of its 95 % interval as a share.
+
+    Counted from the end of one burst to that of another. The width comes from the spread among ten blocks of time or,
+    where there are few bursts, among these; too few to tell are half a width.
+    """
+    ends = _ends_of_bursts(landed, since)
+    if len(ends) < 2:
+        seconds = landed[-1][0] - since if landed else 0.0
+        return (len(landed) / seconds if seconds > 0 else float(len(landed))), 0.5
+    moments = [moment for moment, _ in landed[ends[0] : ends[-1] + 1]]
+    rate = (len(moments) - 1) / (moments[-1] - moments[0])
+    if len(ends) > 2 * BLOCKS:
+        edges = [moments[0] + (moments[-1] - moments[0]) * number / BLOCKS for number in range(BLOCKS + 1)]
+        rates = [float(sum(low < moment <= high for moment in moments)) for low, high in itertools.pairwise(edges)]
+    else:
+        rates = [(last - first) / (landed[last][0] - landed[first][0]) for first, last in itertools.pairwise(ends)]
+    if len(rates) < LEAST_BURSTS - 1:
+        return rate, 0.5
+    return rate, T_OF_BLOCKS * statistics.stdev(rates) / math.sqrt(len(rates)) / statistics.mean(rates)

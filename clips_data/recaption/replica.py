@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from clips_data.recaption.prompts import Prompt
 
 FLUSH_S: Final = 10.0
+MOST_OPEN_SHARDS: Final = 32
 STATS: Final = "_stats.json"
 
 
@@ -40,14 +41,16 @@ class Work:
     pairs: Path
     base: Path
     """Folder of the column; those of further columns lie beside it."""
+    captions: Path
+    """Where the columns that the prompt reads have their folders."""
     scores: Path
     inputs_of: Mapping[str, Mapping[str, str]]
     left_out: Mapping[str, frozenset[str]]
     digested: Mapping[str, Any]
     earlier: tuple[Path, ...]
     overwrite: bool
-    budget_s: float | None = None
-    """Seconds of this replica after which no further row is begun."""
+    stop_at: float | None = None
+    """Seconds since the epoch after which no further row is begun."""
     lock_wait_s: float = 0.0
     """How long to wait for a journal that another process still holds."""
 
@@ -73,8 +76,17 @@ class Work:
         return next(iter(self.folders.values())) / f"{unit}.journal.jsonl"
 
     def given(self, unit: str) -> joined.Inputs:
-        captions = self.base.parent
-        return joined.Inputs(self.pairs, (unit,), rows.input_folders(self.prompt, captions, self.scores))
+        return joined.Inputs(self.pairs, (unit,), rows.input_folders(self.prompt, self.captions, self.scores))
+
+    def finished(self, unit: str) -> Counter[str] | None:
+        """The rows by code over all columns of a unit that is finished as this work would do it; else ``None``."""
+        counts: Counter[str] = Counter()
+        for folder in self.folders.values():
+            sidecar = ledger.read_sidecar(folder, unit)
+            if sidecar is None or sidecar.inputs != self.inputs_of[unit] or sidecar.config != self.digested:
+                return None
+            counts.update(sidecar.counts)
+        return counts
 
 
 @dataclass
@@ -101,10 +113,10 @@ class Replica:
             work.build, log=first / "log" / f"{log}.log", deadline_s=work.batch_deadline_s, gpu=gpu
         )
         self.out_of_budget = False
-        self.rows_asked = 0
+        self.num_deaths_told = 0
+        self._done: list[Done] = []
 
     def __enter__(self) -> Replica:
-        self._started = time.monotonic()
         try:
             self.engine.start()
         except BaseException:
@@ -124,10 +136,6 @@ class Replica:
     def say(self, text: str) -> None:
         if not self.quiet:
             print(f"recaption: {text}", file=sys.stderr, flush=True)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
 
     def caption(self, units: Sequence[str], *, limit: int | None = None, progress: Any = None) -> Iterator[Done]:
         """Captions shards from where their journals end, each yielded once it is committed.
@@ -152,13 +160,23 @@ class Replica:
 
     def _requests(
         self, units: Sequence[str], shards: dict[str, _Shard], limit: int | None, progress: Any
-    ) -> Iterator[tuple[tuple[_Shard, Item], Request]]:
-        """The requests of all shards, one after the other; a shard is opened when its turn comes."""
+    ) -> Iterator[tuple[tuple[_Shard, Item], Request] | None]:
+        """The requests of all shards, one after the other; a shard is opened when its turn comes.
+
+        ``None`` says that some answers must come before there are more.
+        """
         left = limit if limit is not None else sys.maxsize
         for unit in units:
             if left <= 0 or self._budget_is_spent():
                 return
-            shard = shards[unit] = _Shard(self, unit, progress)
+            while len(shards) >= MOST_OPEN_SHARDS:
+                yield None
+            shard = _Shard(self, unit, progress)
+            if (counts := self.work.finished(unit)) is not None:  # by a worker that was lost, or by another process
+                shard.journal.close(remove=True)
+                self._done.append(Done(unit, True, counts, Counter()))
+                continue
+            shards[unit] = shard
             while batch := list(itertools.islice(shard.missing, min(left, self.work.batch_rows))):
                 if self._budget_is_spent():
                     return
@@ -169,13 +187,18 @@ class Replica:
             if left <= 0 and next(shard.missing, None) is not None:
                 return
             shard.all_asked = True
+            if shard.is_whole:  # nothing of it is in flight, so no answer will come after which it is committed
+                shard.commit()
+                self._done.append(shards.pop(unit).done(whole=True))
 
     def _budget_is_spent(self) -> bool:
-        budget_s = self.work.budget_s
-        self.out_of_budget = self.out_of_budget or (budget_s is not None and self.seconds > budget_s)
+        stop_at = self.work.stop_at
+        self.out_of_budget = self.out_of_budget or (stop_at is not None and time.time() > stop_at)
         return self.out_of_budget
 
     def _finished(self, shards: dict[str, _Shard]) -> Iterator[Done]:
+        while self._done:
+            yield self._done.pop(0)
         for unit in [unit for unit, shard in shards.items() if shard.is_whole]:
             shards[unit].commit()
             yield shards.pop(unit).done(whole=True)
@@ -204,7 +227,7 @@ class _Shard:
         self.unsaved: list[dict[str, Any]] = []
         self.saved_at = time.monotonic()
         self.all_asked = False
-        self.num_new = self.num_reused = 0
+        self.num_new = self.num_reused = self.num_new_tokens = 0
         self.seconds = 0.0
         self._tell(len(done))
 
@@ -232,6 +255,7 @@ class _Shard:
         return all((key, sample) in self.lines for sample in samples)
 
     def take(self, asked: Item, answer: Answer, seconds: float) -> None:
+        self.num_new_tokens += answer.num_tokens
         for number, item in enumerate(self.waiting.pop(asked.digest)):
             self.num_new += 1
             self._note(item, answer, self.work.engine, 0.0 if number else seconds)
@@ -263,15 +287,17 @@ class _Shard:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def commit(self) -> None:
-        """Commits the shard in all its columns, writes its figures, and removes the journal last."""
+        """Writes the shard's figures, commits it in all its columns, and removes the journal last."""
         self.flush()
+        num_deaths = self.replica.engine.num_deaths
         for column, table in self._columns().items():
             folder = self.work.folder(column)
             folder.mkdir(parents=True, exist_ok=True)
+            ledger.write_json(folder / f"{self.unit}{STATS}", self._stats(table))
             caption_table.commit(
                 folder, self.unit, table, metadata=self._metadata(), inputs=self.inputs, config=self.work.digested
             )
-            ledger.write_json(folder / f"{self.unit}{STATS}", self._stats(table))
+        self.replica.num_deaths_told = num_deaths
         self.journal.close(remove=True)
 
     def _columns(self) -> dict[str, list[dict[str, Any]]]:
@@ -287,7 +313,7 @@ class _Shard:
     def _metadata(self) -> dict[str, str]:
         return schema.caption_metadata(
             model=self.work.model,
-            model_revision=self.work.model_digest,
+            model_revision=self.replica.engine.about.get("model_commit") or self.work.model_digest,
             engine=self.work.engine,
             engine_version=self.replica.engine.about["engine_version"],
             prompt=self.work.prompt.name,
@@ -318,7 +344,7 @@ class _Shard:
             "device": about["device"],
             "engine": self.work.engine,
             "engine_version": about["engine_version"],
-            "engine_deaths": self.replica.engine.num_deaths,
+            "engine_deaths": self.replica.engine.num_deaths - self.replica.num_deaths_told,
             "startup_s": round(self.replica.engine.startup_s, 1),
             "reused": self.num_reused,
         }
@@ -332,6 +358,6 @@ class _Shard:
             Counter(flag for table in tables for row in table for flag in row["flags"]),
         )
         found.num_new, found.num_reused = self.num_new, self.num_reused
-        found.num_tokens = sum(line["num_tokens"] for line in self.lines.values())
+        found.num_tokens = self.num_new_tokens
         found.seconds = sum(line["seconds"] for line in self.lines.values())
         return found

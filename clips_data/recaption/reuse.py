@@ -48,12 +48,19 @@ class Earlier:
 
         if self._index is None:
             parts = [
-                self._read(path, ["request"]).with_columns(table=pl.lit(number, pl.UInt32))
+                self._read(path, ["request"]).drop_nulls().with_columns(table=pl.lit(number, pl.UInt32))
                 for number, path in enumerate(self._tables)
             ]
-            self._index = pl.concat(parts)
-        chosen = self._index.filter(self._index["request"].is_in(list(digests)))
-        return sorted(chosen["table"].unique().to_list())
+            self._index = pl.concat(parts).sort("request")
+        known, wanted = self._index["request"], pl.Series(sorted(digests), dtype=pl.String)
+        places = known.search_sorted(wanted).to_list()  # the index is large and asked often
+        return sorted(
+            {
+                int(self._index["table"][place])
+                for place, digest in zip(places, wanted, strict=True)
+                if place < len(known) and known[place] == digest
+            }
+        )
 
     def _read(self, path: Path, columns: list[str]) -> pl.DataFrame:
         import polars as pl
@@ -84,14 +91,16 @@ def tables_of(folders: Sequence[str]) -> list[Path]:
     return found
 
 
-def intact(folder: Path, units: Iterable[str]) -> list[Path]:
-    """The tables of those units that are finished and hold the very bytes that their sidecars promise."""
+def readable(folder: Path, units: Iterable[str]) -> list[Path]:
+    """The tables of these units that can be read, finished or not: each row says by its digest what it answers."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     found = []
-    for unit in units:
-        sidecar = ledger.read_sidecar(folder, unit, check_files=False)
-        name = f"{unit}.parquet"
-        if sidecar is None or name not in sidecar.files or not (folder / name).exists():
-            continue
-        if ledger.digest_file(folder / name) == sidecar.files[name]["sha256"]:
-            found.append(folder / name)
+    for path in (folder / f"{unit}.parquet" for unit in units):
+        try:
+            pq.read_table(path, columns=["request", "raw"])
+        except (OSError, ValueError, pa.ArrowException):
+            continue  # absent, torn, or of a column without requests: then it is asked again
+        found.append(path)
     return found

@@ -134,7 +134,8 @@ class Recipe:
             "finish_reason": answer.finish_reason,
             "num_tokens": answer.num_tokens,
             "num_prompt_tokens": answer.num_prompt_tokens,
-            "raw": answer.text,
+            # Servers may send half a surrogate pair, which no file can hold.
+            "raw": answer.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
             "flags": list(item.flags),
             "seed": item.seed,
             "variant": item.variant,

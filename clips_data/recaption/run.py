@@ -37,7 +37,7 @@ def run(config: RecaptionConfig, job: Job) -> Report:
     work, units = prepare(config, prompt, job)
     report = Report("recaption")
     if job.overwrite:  # what another config finished may hold answers to the same requests
-        old = [path for folder in work.folders.values() for path in reuse.intact(folder, units)]
+        old = [path for folder in work.folders.values() for path in reuse.readable(folder, units)]
         work = replace(work, earlier=(*old, *work.earlier))
     missing, totals = _stand(work, units, job, report)
     out_of_budget = False
@@ -76,7 +76,7 @@ def prepare(config: RecaptionConfig, prompt: prompts.Prompt, job: Job) -> tuple[
     left_out = {
         unit: frozenset(keys) for unit, keys in duplicates.left_out(pairs, ledger.finished_units(pairs)).items()
     }
-    folders = rows.input_folders(prompt, base.parent, scores)
+    folders = rows.input_folders(prompt, job.work / schema.CAPTIONS, scores)
     work = Work(
         prompt=prompt,
         column=config.column,
@@ -90,6 +90,7 @@ def prepare(config: RecaptionConfig, prompt: prompts.Prompt, job: Job) -> tuple[
         batch_deadline_s=config.batch_deadline_s,
         pairs=pairs,
         base=base,
+        captions=job.work / schema.CAPTIONS,
         scores=scores,
         inputs_of={unit: _inputs(unit, pairs, folders, prompt) for unit in units},
         left_out=left_out,
@@ -135,11 +136,12 @@ def _inputs(
 def _stand(work: Work, units: list[str], job: Job, report: Report) -> tuple[list[str], Counter[str]]:
     """The units that some column lacks, and the rows of the others by code."""
     missing: set[str] = set()
-    standings = []
+    inputs_of = {unit: work.inputs_of[unit] for unit in units}
     for folder in work.folders.values():
-        inputs_of = {unit: work.inputs_of[unit] for unit in units}
-        standings.append(ledger.stand(folder, inputs_of, work.digested, overwrite=job.overwrite, dry_run=job.dry_run))
-        missing |= set(standings[-1].missing)
+        if not job.dry_run:
+            _forget_unmarked(work, folder, units)
+        standing = ledger.stand(folder, inputs_of, work.digested, overwrite=job.overwrite, dry_run=job.dry_run)
+        missing |= set(standing.missing)
     totals: Counter[str] = Counter()
     for unit in units:
         if unit in missing:
@@ -150,8 +152,16 @@ def _stand(work: Work, units: list[str], job: Job, report: Report) -> tuple[list
             assert sidecar is not None
             totals.update(sidecar.counts)
         if not job.dry_run:
-            work.journal(unit).unlink(missing_ok=True)  # its shard was committed just before a kill
+            ledger.remove_idle_journal(work.journal(unit))  # its shard was committed just before a kill
     return [unit for unit in units if unit in missing], totals
+
+
+def _forget_unmarked(work: Work, folder: Path, units: list[str]) -> None:
+    """Units with rows that were passed over as duplicates and are none any more are missing work again."""
+    for unit in units:
+        sidecar = ledger.read_sidecar(folder, unit, check_files=False)
+        if sidecar is not None and sidecar.counts.get("duplicate", 0) > len(work.left_out.get(unit, ())):
+            ledger.forget_unit(folder, unit)
 
 
 # --- captioning -------------------------------------------------------------------------------------------------------
@@ -163,7 +173,7 @@ def _caption(work: Work, units: list[str], job: Job, report: Report, totals: Cou
 
     num_replicas = _num_replicas(work, job, len(units))
     if job.budget is not None:
-        work = replace(work, budget_s=budget_s(job.budget) / num_replicas)
+        work = replace(work, stop_at=time.time() + budget_s(job.budget) / num_replicas)
     generating = time.monotonic()
     found: list[Done] = []
     facts: dict[str, Any] = {}
@@ -183,10 +193,10 @@ def _caption(work: Work, units: list[str], job: Job, report: Report, totals: Cou
 
 
 def _num_replicas(work: Work, job: Job, num_units: int) -> int:
-    """``--processes``, or one for each GPU here where these are more; never more than there are shards."""
+    """``--processes``, or one for each GPU where these are more; never more than there are shards."""
     if job.limit is not None:
         return 1
-    gpus = executor.num_gpus() if job.executor == "local" and _wants_gpu(work) else 0
+    gpus = executor.num_gpus(job.executor) if _wants_gpu(work) else 0
     return max(1, min(max(job.processes, gpus), num_units))
 
 

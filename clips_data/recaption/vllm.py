@@ -77,8 +77,7 @@ class VllmEngine:
             options["max_model_len"] = settings.max_model_tokens
         if on_gpu:
             options["gpu_memory_utilization"] = settings.gpu_memory_share
-        if settings.needs_image:
-            options["limit_mm_per_prompt"] = {"image": 1}
+        options["limit_mm_per_prompt"] = {"image": int(settings.needs_image), "video": 0, "audio": 0}
         llm = vllm.LLM(
             model=settings.model,
             revision=settings.revision,
@@ -106,6 +105,7 @@ class VllmEngine:
             "engine_version": vllm.__version__,
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "num_gpus": int(on_gpu),
+            "model_commit": getattr(self.llm.model_config.hf_config, "_commit_hash", None),
             "special_tokens": special_tokens(self.tokenizer),
             "capacity": 2 * settings.max_batch_rows,
         }
