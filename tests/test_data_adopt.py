@@ -435,17 +435,12 @@ def test_the_stages_to_the_right_find_adopted_images_by_their_own_keys(made: Pat
 
 
 def test_the_prompts_of_recaption_get_the_adopted_images(made: Path, tmp_path: Path) -> None:
-    from clips_data.config import RecaptionConfig
-    from clips_data.recaption import prompts
-    from clips_data.recaption.run import _Column
+    from clips_data.recaption import prompts, rows
 
     run(made, tmp_path)
-    column = _Column(
-        RecaptionConfig(), prompts.load("describe"), "", tmp_path / "pairs", tmp_path / "captions" / "s", {}
-    )
-    rows = list(column._rows("00000", column._table("00000")))
-    assert len(rows) == NUM_GOOD
-    assert [ledger.digest_bytes(row["image"]) for row in rows] == [row["sha256"] for row in rows]
+    found = rows.sample_rows(tmp_path, prompts.load("describe"), 1000)
+    assert len(found) == NUM_GOOD
+    assert [ledger.digest_bytes(row.image) for row in found] == [row.sha256 for row in found]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

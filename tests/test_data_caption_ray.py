@@ -21,23 +21,40 @@ from clips_data.recaption import run as recaption
 NUM_SHARDS, SHARD_ROWS = 12, 20
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head without room for workers, and three nodes with room for one each."""
+    """A head without room for workers, and two nodes with room for one each."""
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
-    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # the workers import the captioner of the tests
-    ray.init(address=cluster.address, log_to_driver=False, runtime_env=here)
-    yield cluster, nodes
-    ray.shutdown()
-    cluster.shutdown()
+    cluster = Cluster()
+    try:
+        cluster.add_node(num_cpus=0, include_dashboard=False)
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # the workers import the captioner of the tests
+        ray.init(address=cluster.address, log_to_driver=False, runtime_env=here)
+        yield cluster, nodes
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def content(folder: Path) -> dict[str, str]:
     return {path.name: ledger.digest_file(path) for path in sorted(folder.glob("*.parquet"))}
+
+
+def test_a_handler_that_cannot_be_made_is_told_as_it_is(cluster: Any, tmp_path: Path) -> None:
+    from clips_data.errors import UserError
+
+    work, prompt = tmp_path / "w", tmp_path / "p.yaml"
+    pairsmaker.write_pairs(work, num_shards=2)
+    prompt.write_text("inputs: [image]\nuser: Describe.\n")
+    undo = captionmaker.install(BuildEcho(broken=True))
+    try:
+        with pytest.raises(UserError, match="did not start: RuntimeError: no such device"):
+            recaption.run(RecaptionConfig(prompt=str(prompt)), Job(work=work, quiet=True, executor="ray"))
+    finally:
+        undo()
 
 
 def test_a_node_lost_in_the_middle_loses_nothing(
@@ -56,7 +73,7 @@ def test_a_node_lost_in_the_middle_loses_nothing(
         undo = captionmaker.install(slow)
         lost = threading.Thread(target=lose_a_node, args=(cluster, work / "captions" / "synthetic"))
         lost.start()
-        report = recaption.run(config, Job(work=work, quiet=True, executor="ray", processes=3))
+        report = recaption.run(config, Job(work=work, quiet=True, executor="ray", processes=2))
         lost.join()
     finally:
         undo()
@@ -70,20 +87,6 @@ def test_a_node_lost_in_the_middle_loses_nothing(
 def lose_a_node(cluster: Any, folder: Path) -> None:
     """Kills a node's processes as soon as its worker is in the middle of a shard."""
     cluster, nodes = cluster
-    while sum(path.read_bytes().count(b"\n") > 4 for path in folder.glob("*.journal.jsonl")) < 3:
+    while sum(path.read_bytes().count(b"\n") > 4 for path in folder.glob("*.journal.jsonl")) < 2:
         time.sleep(0.05)
     cluster.remove_node(nodes[1], allow_graceful=False)
-
-
-def test_a_handler_that_cannot_be_made_is_told_as_it_is(cluster: Any, tmp_path: Path) -> None:
-    from clips_data.errors import UserError
-
-    work, prompt = tmp_path / "w", tmp_path / "p.yaml"
-    pairsmaker.write_pairs(work, num_shards=2)
-    prompt.write_text("inputs: [image]\nuser: Describe.\n")
-    undo = captionmaker.install(BuildEcho(broken=True))
-    try:
-        with pytest.raises(UserError, match="did not start: RuntimeError: no such device"):
-            recaption.run(RecaptionConfig(prompt=str(prompt)), Job(work=work, quiet=True, executor="ray"))
-    finally:
-        undo()

@@ -146,10 +146,10 @@ def test_a_dry_run_with_overwrite_says_what_would_be_made_again_and_removes_noth
 
 def test_a_journal_that_its_holder_removes_is_begun_anew_by_who_waited_for_it(tmp_path: Path) -> None:
     path, header = tmp_path / "00000.journal.jsonl", {"inputs": {}}
-    holder = Journal(path, header)
+    holder = ledger.Journal(path, header)
     holder.append([{"key": "1"}])
-    waiting: list[Journal] = []
-    thread = threading.Thread(target=lambda: waiting.append(Journal(path, header, lock_wait_s=30.0)))
+    waiting: list[ledger.Journal] = []
+    thread = threading.Thread(target=lambda: waiting.append(ledger.Journal(path, header, lock_wait_s=30.0)))
     thread.start()
     time.sleep(0.3)
     assert not waiting
