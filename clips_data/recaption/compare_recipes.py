@@ -130,7 +130,7 @@ class _Asked:
             self._commit(journal.rows, engine)
             whole = True
         finally:
-            engine.close(patience_s=10.0 if whole else 0.0)
+            engine.close()
             journal.close(remove=whole)
 
     def _answers(self, engine: EngineProcess, journal: ledger.Journal, *, quiet: bool) -> None:

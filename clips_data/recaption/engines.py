@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -148,7 +149,7 @@ class EngineProcess:
         self._build, self._log, self._gpu = build, log, gpu
         self._deadline_s, self._startup_deadline_s = deadline_s, startup_deadline_s
         self.about: dict[str, Any] = {}
-        self.startup_s = 0.0
+        self.startup_s = self._launched = 0.0
         self.num_deaths = 0
         self._deaths_in_a_row = 0
         self._sending_since = math.inf
@@ -161,7 +162,12 @@ class EngineProcess:
 
     def start(self) -> None:
         """Starts the child and waits until its engine is up. Raises ``UserError`` with the engine's own words."""
-        started = time.monotonic()
+        self.launch()
+        self.wait_until_up()
+
+    def launch(self) -> None:
+        """Starts the child, which takes its time to be up."""
+        self._launched = time.monotonic()
         self._log.parent.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
@@ -171,13 +177,16 @@ class EngineProcess:
         self._process.start()
         threading.Thread(target=self._watch, args=(self._process,), daemon=True).start()
         theirs.close()
+
+    def wait_until_up(self) -> None:
+        """Raises ``UserError`` with the engine's own words when it does not come up."""
         try:
             kind, value = self._receive(self._startup_deadline_s)
         except EngineDied as death:
             raise UserError(f"The captioning engine did not start: {death}. Its log is {self._log}.") from None
         if kind != "up":
             raise UserError(f"The captioning engine did not start: {value}. Its log is {self._log}.")
-        self.about, self.startup_s = value, time.monotonic() - started
+        self.about, self.startup_s = value, time.monotonic() - self._launched
 
     def _restart(self, death: EngineDied) -> None:
         self.num_deaths += 1
@@ -197,13 +206,11 @@ class EngineProcess:
             print(f"recaption: {death}; a fresh engine is started", file=sys.stderr)
         self.start()
 
-    def close(self, *, patience_s: float = 0.0) -> None:
-        """Ends the child, which has nothing to save; with patience, by letting it leave by itself."""
+    def close(self) -> None:
+        """Ends the child, which has nothing to save; leaving by itself would take it seconds."""
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:
-            if patience_s:
-                self._process.join(patience_s)
             self._process.kill()
             self._process.join()
 
@@ -349,6 +356,10 @@ def _serve(connection: Connection, build: Build, log: Path, marked: Any, gpu: in
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    # A tracker of its own, which talks to the log: when this process is killed, the parent's would complain to the
+    # user about semaphores. Python has no public way to ask for one.
+    tracker: Any = resource_tracker._resource_tracker
+    tracker._fd = tracker._pid = None
     if gpu is not None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)

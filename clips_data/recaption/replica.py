@@ -118,7 +118,9 @@ class Replica:
 
     def __enter__(self) -> Replica:
         try:
-            self.engine.start()
+            self.engine.launch()
+            _load_libraries()  # while the engine comes up
+            self.engine.wait_until_up()
         except BaseException:
             self.engine.close()
             raise
@@ -130,8 +132,8 @@ class Replica:
         )
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self.engine.close(patience_s=0.0 if kind else 10.0)
+    def __exit__(self, *_: Any) -> None:
+        self.engine.close()
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -204,6 +206,11 @@ class Replica:
             yield shards.pop(unit).done(whole=True)
 
 
+def _load_libraries() -> None:
+    import polars  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+
+
 class _Shard:
     """One shard in the making: its journal, the rows that wait for an answer, and those that still lack a request."""
 
@@ -225,6 +232,7 @@ class _Shard:
         self.known = reuse.answered([*self.journal.rows, *self.journal.dropped])
         self.waiting: dict[str, list[Item]] = {}
         self.unsaved: list[dict[str, Any]] = []
+        self.rows: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
         self.saved_at = time.monotonic()
         self.all_asked = False
         self.num_new = self.num_reused = self.num_new_tokens = 0
@@ -306,7 +314,9 @@ class _Shard:
         for key in self.table["key"]:
             for sample in range(self.work.prompt.sampling.num_samples):
                 if (line := self.lines.get((key, sample))) is not None:
-                    for column, row in self.recipe.column_rows(line).items():
+                    if (key, sample) not in self.rows:  # cleaning is the dearest that is done to a row here
+                        self.rows[key, sample] = self.recipe.column_rows(line)
+                    for column, row in self.rows[key, sample].items():
                         found.setdefault(column, []).append(row)
         return found or {column: [] for column in self.recipe.columns}
 
