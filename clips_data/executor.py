@@ -119,6 +119,20 @@ def map_units(
     before = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(num_processes, mp_context=context, initializer=_prepare_worker)
     try:
+        yield from _results(pool, work, tasks)
+    except BaseException:  # stop the workers in the middle of their shards: unfinished shards are redone
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _results(
+    pool: concurrent.futures.ProcessPoolExecutor, work: Callable[[Any], Any], tasks: Iterable[Any]
+) -> Iterator[Any]:
+    """``work(task)`` of each task as they finish; a worker that dies is a ``UserError``."""
+    try:
         pending = {pool.submit(work, task) for task in tasks}
         while pending:
             finished, pending = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -129,12 +143,6 @@ def map_units(
             "A worker process died (out of memory, or killed from outside). Finished shards are kept; "
             "run the same command again, with fewer --processes if memory is short."
         ) from None
-    except BaseException:  # stop the workers in the middle of their shards: unfinished shards are redone
-        for worker in set(multiprocessing.active_children()) - before:
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def map_on_workers(
@@ -163,16 +171,7 @@ def map_on_workers(
         initargs=(make, numbers, num_gpus() if use_gpus else 0),
     )
     try:
-        pending = {pool.submit(_handle, task) for task in tasks}
-        while pending:
-            finished, pending = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in finished:
-                yield future.result()
-    except concurrent.futures.process.BrokenProcessPool:
-        raise UserError(
-            "A worker process died (out of memory, or killed from outside). Finished shards are kept; "
-            "run the same command again, with fewer --processes if memory is short."
-        ) from None
+        yield from _results(pool, _handle, tasks)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         workers = set(multiprocessing.active_children()) - before
