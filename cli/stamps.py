@@ -27,6 +27,8 @@ HASHED_SUFFIXES: Final = (".json", ".jsonl")
 """Files of our folders that are told apart by content: sidecars, which hold the hashes of the others, and metrics."""
 HASHED_BELOW_BYTES: Final = 16 << 20
 NOT_OF_A_RUN: Final = ("eval", "export", "report.html", "manifest.yaml")
+NO_RESULTS: Final = "log"
+"""Folder in a stage's folder for what libraries say. What they leave running may write there after the stage's end."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
     for place, folders, names in os.walk(folder):
         here = Path(place)
         skip = NOT_OF_A_RUN if here == folder and here.parent.name == "runs" else ()
-        folders[:] = sorted(name for name in folders if name not in skip and not name.endswith(".part"))
+        folders[:] = sorted(name for name in folders if name not in (*skip, NO_RESULTS) and not name.endswith(".part"))
         for name in sorted(names):
             if name not in skip and not name.startswith(".") and not name.endswith(".part"):
                 file = here / name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import fake_stages
 import pytest
@@ -166,6 +167,26 @@ def test_second_run_skips_every_stage_without_importing_it(
     out, err = capsys.readouterr()
     assert [line.split()[1] for line in out.splitlines()[1:]] == ["skipped"] * 3
     assert "download: finished before, 6 of 8 ok, skipped" in err
+
+
+def test_a_log_that_grows_after_its_stage_has_ended_changes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = folder / "here" / "captions" / "synthetic" / "log" / "engine.log"
+    call = STAGES["recaption"].call
+
+    def talks(*given: Any) -> Any:
+        report = call(*given)
+        log.parent.mkdir()
+        log.write_text("the engine is up\n")
+        return report
+
+    monkeypatch.setitem(STAGES, "recaption", dataclasses.replace(STAGES["recaption"], call=talks))
+    assert main(["run", "trial.yaml"]) == 0
+    log.write_text("the engine is up\nwhat it left running ended later\n")
+    fake_stages.CALLS.clear()
+    assert main(["run", "trial.yaml"]) == 0
+    assert fake_stages.CALLS == []
 
 
 def test_work_option_moves_the_outputs(folder: Path) -> None:
