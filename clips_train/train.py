@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from clips_data import ledger
 from clips_data.errors import Interrupted, UserError
+from clips_data.journal import Journal
 from clips_train import checkpoint, shards, step
 from clips_train.checkpoint import Progress
 from clips_train.config import TrainConfig
@@ -210,7 +211,7 @@ def _claim(out: Path, inputs: Mapping[str, str], settings: Mapping[str, Any], *,
         shutil.rmtree(out / checkpoint.CHECKPOINTS, ignore_errors=True)
         (out / METRICS).unlink(missing_ok=True)
         path.unlink()
-    ledger.Journal(path, header).close()
+    Journal(path, header).close()
 
 
 @contextlib.contextmanager

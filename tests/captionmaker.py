@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clips_data.recaption import engines
+from clips_data.recaption import engine_child
 from clips_data.recaption.engines import Answer, BatchEngine, Request
 
 SETTINGS = "CAPTIONMAKER"
@@ -71,7 +71,7 @@ class EchoEngine(BatchEngine):
         }
 
     def add(self, number: int, request: Request) -> None:
-        engines.mark(number)
+        engine_child.mark(number)
         super().add(number, request)
 
     def answer(self, requests: list[Request]) -> list[Answer]:

@@ -19,6 +19,7 @@ from clips_data import duplicates, ledger
 from clips_data.config import RecaptionConfig
 from clips_data.errors import Interrupted, ResumeRefused, TooFewSucceeded, UsageError, UserError
 from clips_data.executor import Job, Report
+from clips_data.journal import Journal
 from clips_data.recaption import run as recaption
 
 GREEDY = "inputs: [image]\nuser: Describe.\n"
@@ -444,7 +445,7 @@ def test_a_shard_at_which_another_process_works_is_refused(
     caption(work, prompt(tmp_path), job={"limit": 3})
     journal = work / "captions" / "synthetic" / "00000.journal.jsonl"
     header = json.loads(journal.read_text().splitlines()[0])
-    other = ledger.Journal(journal, header)
+    other = Journal(journal, header)
     with pytest.raises(UserError, match="Another process is at work"):
         caption(work, prompt(tmp_path))
     other.close()

@@ -10,7 +10,8 @@ import torch
 
 from clips_data.errors import UserError
 from clips_data.recaption.clips import SPECIAL_TOKENS, BuildClips, ClipsEngine
-from clips_data.recaption.engines import Answer, Decoding, EngineProcess, Request
+from clips_data.recaption.engine_process import EngineProcess
+from clips_data.recaption.engines import Answer, Decoding, Request
 from clips_train import generate, transforms
 from clips_train.config import TrainConfig
 from clips_train.tokenizer import build_tokenizer

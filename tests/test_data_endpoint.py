@@ -28,7 +28,8 @@ from clips_data.errors import UserError
 from clips_data.recaption import chat_server, endpoint
 from clips_data.recaption.chat_format import read_answer
 from clips_data.recaption.endpoint import BuildEndpoint, EndpointEngine
-from clips_data.recaption.engines import Answer, Decoding, EngineProcess, Request
+from clips_data.recaption.engine_process import EngineProcess
+from clips_data.recaption.engines import Answer, Decoding, Request
 
 KEY = "sk-very-secret-0123456789"
 PROBE = "Hello"

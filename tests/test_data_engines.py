@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clips_data.errors import UserError
-from clips_data.recaption import engines
-from clips_data.recaption.engines import Answer, BatchEngine, EngineProcess, Request
+from clips_data.recaption import engine_child, engine_process
+from clips_data.recaption.engine_process import EngineProcess
+from clips_data.recaption.engines import Answer, BatchEngine, Request
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class FragileEngine(BatchEngine):
 
     def add(self, number: int, request: Request) -> None:
         if self.settings.marks:
-            engines.mark(number)
+            engine_child.mark(number)
             self._die_of(request)
         super().add(number, request)
 
@@ -157,7 +158,7 @@ def test_an_engine_without_memory_goes_on_with_fewer_rows_and_marks_none(
 def test_an_engine_that_always_dies_ends_the_run_with_its_last_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "MOST_DEATHS_IN_A_ROW", -1)
+    monkeypatch.setattr(engine_process, "MOST_DEATHS_IN_A_ROW", -1)
     with pytest.raises(UserError, match=r"died 4 times .* ValueError: kaputt.*engine\.log"):
         ask(BuildFragile(raises="kaputt"), "abcdefghijklmnop", tmp_path)
 

@@ -25,7 +25,8 @@ from clips_data.demo import scenes, web
 from clips_data.recaption import prompts
 from clips_data.recaption.choose import DEMO_MODEL
 from clips_data.recaption.endpoint import BuildEndpoint
-from clips_data.recaption.engines import Answer, Build, Decoding, Engine, EngineProcess, Request
+from clips_data.recaption.engine_process import EngineProcess
+from clips_data.recaption.engines import Answer, Build, Decoding, Engine, Request
 from clips_data.recaption.hf import BuildHf
 from clips_data.recaption.vllm import BuildVllm
 

@@ -25,6 +25,7 @@ from clips_data.errors import ResumeRefused, UsageError, UserError
 from clips_data.executor import Job
 from clips_data.forget import Outcome, forget
 from clips_data.forgotten import Forgotten, asked_for, forgotten, read_list, refuse_unfinished
+from clips_data.journal import Journal
 from clips_data.verify import verify
 from clips_train.shards import ShardReader, open_split
 
@@ -390,7 +391,7 @@ def test_an_unfinished_column_keeps_its_other_rows_and_goes_on(work: Path) -> No
         "inputs": {**caption_inputs(work, "00000"), "synthetic": known(work / "captions/synthetic", "00000").digest}
     }
     header["config"] = {"seed": 0}
-    journal = ledger.Journal(folder / "00000.journal.jsonl", header)
+    journal = Journal(folder / "00000.journal.jsonl", header)
     journal.append([{"key": key(number), "caption": f"fused text {number:04d}."} for number in (0, 1, 2)])
     journal.close()
     with (folder / "00000.journal.jsonl").open("a") as file:
@@ -402,7 +403,7 @@ def test_an_unfinished_column_keeps_its_other_rows_and_goes_on(work: Path) -> No
         **caption_inputs(work, "00000"),
         "synthetic": known(work / "captions/synthetic", "00000").digest,
     }
-    again = ledger.Journal(folder / "00000.journal.jsonl", header)
+    again = Journal(folder / "00000.journal.jsonl", header)
     again.close()
     assert [row["key"] for row in again.rows] == [key(0), key(2)]
 
@@ -517,7 +518,7 @@ def test_runs_that_saw_the_samples_are_listed_and_not_changed(work: Path) -> Non
         run = work / "runs" / name
         (run / "checkpoints" / "step-00000010").mkdir(parents=True)
         digest = open_split(work / "shards", "train").digest
-        ledger.Journal(run / "begun.jsonl", {"shards": digest, "seed": 0}).close()
+        Journal(run / "begun.jsonl", {"shards": digest, "seed": 0}).close()
         ledger.part(run / "config.json").write_text("{}")
         ledger.commit(run, "train", ["config.json"], inputs={"shards": digest}, config={}, counts={})
 

@@ -15,6 +15,7 @@ import pytest
 
 from clips_data import ledger
 from clips_data.errors import ResumeRefused, UserError
+from clips_data.journal import Journal
 
 
 def commit(folder: Path, text: str = "hello", **config: int) -> ledger.Sidecar:
@@ -72,11 +73,11 @@ def test_a_sidecar_of_another_schema_version_is_named(tmp_path: Path) -> None:
 
 def test_a_journal_resumes_and_drops_its_torn_last_line(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
-    journal = ledger.Journal(path, {"config": 1})
+    journal = Journal(path, {"config": 1})
     journal.append([{"key": "1"}, {"key": "2"}])
     journal.close()
     path.write_bytes(path.read_bytes() + b'{"key": "3", "capt')
-    again = ledger.Journal(path, {"config": 1})
+    again = Journal(path, {"config": 1})
     assert [row["key"] for row in again.rows] == ["1", "2"]
     again.append([{"key": "3"}])
     again.close()
@@ -85,12 +86,12 @@ def test_a_journal_resumes_and_drops_its_torn_last_line(tmp_path: Path) -> None:
 
 def test_a_journal_of_another_config_is_refused_unless_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
-    journal = ledger.Journal(path, {"config": 1})
+    journal = Journal(path, {"config": 1})
     journal.append([{"key": "1"}])
     journal.close()
     with pytest.raises(ResumeRefused):
-        ledger.Journal(path, {"config": 2})
-    fresh = ledger.Journal(path, {"config": 2}, overwrite=True)
+        Journal(path, {"config": 2})
+    fresh = Journal(path, {"config": 2}, overwrite=True)
     assert fresh.rows == []
     fresh.close()
 
@@ -146,10 +147,10 @@ def test_a_dry_run_with_overwrite_says_what_would_be_made_again_and_removes_noth
 
 def test_a_journal_that_its_holder_removes_is_begun_anew_by_who_waited_for_it(tmp_path: Path) -> None:
     path, header = tmp_path / "00000.journal.jsonl", {"inputs": {}}
-    holder = ledger.Journal(path, header)
+    holder = Journal(path, header)
     holder.append([{"key": "1"}])
-    waiting: list[ledger.Journal] = []
-    thread = threading.Thread(target=lambda: waiting.append(ledger.Journal(path, header, lock_wait_s=30.0)))
+    waiting: list[Journal] = []
+    thread = threading.Thread(target=lambda: waiting.append(Journal(path, header, lock_wait_s=30.0)))
     thread.start()
     time.sleep(0.3)
     assert not waiting

@@ -14,7 +14,8 @@ from typing import Any
 from clips_data import ledger
 from clips_data.demo import facts, scenes, web
 from clips_data.recaption import prompts
-from clips_data.recaption.engines import EngineProcess, Request
+from clips_data.recaption.engine_process import EngineProcess
+from clips_data.recaption.engines import Request
 from clips_data.recaption.vllm import BuildVllm
 
 UNSEEN_WORLD = 7002

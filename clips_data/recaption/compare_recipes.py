@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 from clips_data import joined, ledger, schema
 from clips_data.config import RecaptionConfig
 from clips_data.errors import UserError
+from clips_data.journal import Journal
 from clips_data.recaption import choose
-from clips_data.recaption.engines import Answer, Build, EngineProcess
+from clips_data.recaption.engine_process import EngineProcess
+from clips_data.recaption.engines import Answer, Build
 from clips_data.recaption.rows import Item, Row
 from clips_data.recaption.rows import Recipe as Finisher
 
@@ -114,9 +116,7 @@ class _Asked:
     # --- asking -------------------------------------------------------------------------------------------------------
 
     def ask(self, *, quiet: bool) -> None:
-        journal = ledger.Journal(
-            self.folder / f"{self.unit}.journal.jsonl", {"inputs": self.inputs, "config": self.about}
-        )
+        journal = Journal(self.folder / f"{self.unit}.journal.jsonl", {"inputs": self.inputs, "config": self.about})
         log = self.folder / "log" / f"{self.unit}.log"
         engine = EngineProcess(self.build, log=log, deadline_s=self.recipe.config.batch_deadline_s)
         whole = False
@@ -133,7 +133,7 @@ class _Asked:
             engine.close()
             journal.close(remove=whole)
 
-    def _answers(self, engine: EngineProcess, journal: ledger.Journal, *, quiet: bool) -> None:
+    def _answers(self, engine: EngineProcess, journal: Journal, *, quiet: bool) -> None:
         """Appends to the journal what it lacks, each line with the seconds since the answer before it."""
         from tqdm import tqdm
 

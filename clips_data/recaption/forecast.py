@@ -22,7 +22,8 @@ from clips_data.config import RecaptionConfig
 from clips_data.errors import UserError
 from clips_data.executor import Job
 from clips_data.recaption import prompts, replica, rows
-from clips_data.recaption.engines import Answer, EngineProcess, Request
+from clips_data.recaption.engine_process import EngineProcess
+from clips_data.recaption.engines import Answer, Request
 from clips_data.recaption.rows import Item
 from clips_data.recaption.run import prepare
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from clips_data import caption_table, joined, ledger, schema
+from clips_data.journal import Journal
 from clips_data.recaption import reuse, rows
-from clips_data.recaption.engines import Answer, Build, EngineProcess, Request
+from clips_data.recaption.engine_process import EngineProcess
+from clips_data.recaption.engines import Answer, Build, Request
 from clips_data.recaption.rows import Item, Recipe
 
 if TYPE_CHECKING:
@@ -220,7 +222,7 @@ class _Shard:
         self.inputs = work.inputs_of[unit]
         header = {"inputs": dict(self.inputs), "config": dict(work.digested)}
         path, wait_s = work.journal(unit), work.lock_wait_s
-        self.journal = ledger.Journal(path, header, overwrite=work.overwrite, lock_wait_s=wait_s)
+        self.journal = Journal(path, header, overwrite=work.overwrite, lock_wait_s=wait_s)
         given = work.given(unit)
         self.table = given.table(unit)
         self.lines = {(line["key"], line["sample"]): line for line in self.journal.rows}

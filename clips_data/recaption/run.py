@@ -18,6 +18,7 @@ from clips_data.config import RecaptionConfig
 from clips_data.errors import Interrupted, TooFewSucceeded, UsageError, UserError
 from clips_data.executor import Job, Report
 from clips_data.forgotten import refuse_unfinished
+from clips_data.journal import remove_idle_journal
 from clips_data.recaption import choose, prompts, reuse, rows
 from clips_data.recaption.replica import Done, Replica, Work
 
@@ -152,7 +153,7 @@ def _stand(work: Work, units: list[str], job: Job, report: Report) -> tuple[list
             assert sidecar is not None
             totals.update(sidecar.counts)
         if not job.dry_run:
-            ledger.remove_idle_journal(work.journal(unit))  # its shard was committed just before a kill
+            remove_idle_journal(work.journal(unit))  # its shard was committed just before a kill
     return [unit for unit in units if unit in missing], totals
 
 

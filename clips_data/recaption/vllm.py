@@ -14,7 +14,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Final
 
-from clips_data.recaption import engines, template
+from clips_data.recaption import engine_child, template
 from clips_data.recaption.engines import Answer, Engine, Request
 from clips_data.recaption.images import decode_image
 from clips_data.recaption.template import special_tokens
@@ -116,7 +116,7 @@ class VllmEngine:
         """The preparing thread."""
         while True:
             number, request = self._to_prepare.get()
-            engines.mark(number)
+            engine_child.mark(number)
             try:
                 prepared = self._prepared(request)
             except Exception as error:  # raised again where the engine is driven, and not lost with this thread
@@ -128,7 +128,7 @@ class VllmEngine:
         if self._ahead:
             return self._ready.get(timeout=wait_s) if wait_s else self._ready.get_nowait()
         number, request = self._to_prepare.get(timeout=wait_s) if wait_s else self._to_prepare.get_nowait()
-        engines.mark(number)
+        engine_child.mark(number)
         return number, self._prepared(request), request
 
     def _prepared(self, request: Request) -> Any:
