@@ -140,8 +140,9 @@ def option_for(name: str, field: FieldInfo) -> click.Option:
     if kind.form == "choice":
         choices = [str(choice) for choice in kind.choices] + (["none"] if kind.optional else [])
         return click.Option([spelt, name], type=click.Choice(choices), help=text)
-    if kind.form == "list":
-        return click.Option([spelt, name], multiple=True, metavar="A,B,…", help=text)
+    if kind.form in ("list", "lines"):
+        metavar = "A,B,…" if kind.form == "list" else "TEXT"
+        return click.Option([spelt, name], multiple=True, metavar=metavar, help=text)
     metavar = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT", "yaml": "YAML"}[kind.form]
     return click.Option([spelt, name], metavar=metavar, help=text)
 
@@ -151,9 +152,9 @@ def from_text(value: Any, field: FieldInfo) -> Any:
     from .values import kind_of
 
     kind = kind_of(field)
+    if kind.form in ("list", "lines") and list(value) == ["none"]:
+        return ()
     if kind.form == "list":
-        if list(value) == ["none"]:
-            return ()
         return tuple(piece for text in value for piece in text.split(",") if piece)
     if kind.form == "choice":
         return next((choice for choice in kind.choices if str(choice) == value), value)

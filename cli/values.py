@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 NONE_WORD = "none"
 """What stands for "no value" in options and manifests, where a field allows it."""
 
-Form = Literal["flag", "choice", "integer", "number", "text", "list", "yaml"]
+Form = Literal["flag", "choice", "integer", "number", "text", "list", "lines", "yaml"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ def kind_of(field: FieldInfo) -> Kind:
         return Kind("integer", optional)
     if annotation is float:
         return Kind("number", optional)
+    if origin in (tuple, list) and isinstance(typing.get_args(annotation)[0], typing.NewType):
+        return Kind("lines", optional)
     if origin in (tuple, list) and _is_plain(typing.get_args(annotation)[0]):
         return Kind("list", optional)
     if _is_plain(annotation):

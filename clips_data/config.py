@@ -6,9 +6,9 @@ unknown keys are refused; the resolved config is saved with every output.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NewType
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class StageConfig(BaseModel):
@@ -18,6 +18,8 @@ class StageConfig(BaseModel):
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Line = NewType("Line", str)
+"""A text that may hold commas. A list of them is given one at a time, by repeating the option."""
 
 
 class DownloadConfig(StageConfig):
@@ -162,6 +164,20 @@ class ScoreConfig(StageConfig):
     pretrained: str | None = Field(None, description="Pretrained tag of an open_clip name.")
     columns: tuple[str, ...] = Field(("web", "synthetic"), description="Caption columns to score.")
     batch: int = Field(64, gt=0, description="Images per forward pass.")
+    sentences: bool = Field(False, description="Also score each sentence: the lowest of a caption, and all of them.")
+    support: int = Field(
+        0,
+        ge=0,
+        description="Also tell which share of a caption's words is found in this many captions of other images that "
+        "fit its image best; 0 leaves it out.",
+    )
+    near_duplicates: bool = Field(False, description="Also tell captions that nearly repeat an earlier one.")
+    labels: str | None = Field(
+        None,
+        description="Table (parquet, csv, tsv, jsonl) with what another model says of the images; its columns become "
+        "the scores, and no model is loaded.",
+    )
+    label_key: Literal["key", "sha256", "url"] = Field("key", description="Column by which labels are joined.")
 
 
 class ShardConfig(StageConfig):
@@ -173,12 +189,45 @@ class ShardConfig(StageConfig):
     split: Literal["period", "sentence", "authors"] = Field(
         "period", description="Rule that cuts a caption into sub-captions."
     )
+    scores: tuple[str, ...] = Field(
+        ("clip",), description="Names of the scores to carry along; the first is what `score` means in expressions."
+    )
+    where: tuple[Line, ...] = Field(
+        (), description="Polars SQL expression that a sample must meet, such as 'pairs.width >= 200'; may be repeated."
+    )
+    keep_top: Share | None = Field(None, description="Share of the samples to keep, those highest in `by`.")
+    by: str = Field("score.web", description="Number that keep_top goes by: a polars SQL expression.")
+    balance: str | None = Field(
+        None, description="File with one concept a line; captions without any go, those of frequent ones are thinned."
+    )
+    balance_column: str = Field("web", description="Caption column in which concepts are looked for.")
+    balance_cap: int = Field(20_000, gt=0, description="Samples that a concept is thinned to, about.")
     web_ratio: Share = Field(0.8, description="Share of samples whose materialised .txt is the web caption.")
-    seed: int = Field(0, ge=0, description="Seeds the mix, the shuffle and the held-out split.")
+    replace_below: float | None = Field(
+        None, description="Web captions whose score is below this give way to the second column in the mix."
+    )
+    mix: tuple[Line, ...] = Field(
+        (),
+        description="Rules in place of web_ratio: weights (web=0.8,synthetic=0.2), perhaps after a condition "
+        "(epoch>=10: …, score.web<0.25: …); the last whose condition holds counts. May be repeated.",
+    )
+    seed: int = Field(0, ge=0, description="Seeds the mix, the shuffle, the held-out split and the balancing.")
     heldout_ratio: Share = Field(0.0, description="Share of images held out for evaluation, by image sha256.")
     heldout_max: int = Field(0, ge=0, description="Largest number of held-out samples; 0 sets no limit.")
     shard_rows: int = Field(1000, gt=0, description="Samples per tar.")
-    scores: str | None = Field("clip", description="Name of the scores to carry along; none carries none.")
+    shard_bytes: int = Field(
+        0, ge=0, description="Bytes of images and captions at which a tar is full before shard_rows; 0 sets no limit."
+    )
+    licence: str = Field("unknown", description="Licence that the dataset card names, as Hugging Face spells it.")
+    explain: int = Field(0, ge=0, description="Removed samples to show for each filter.")
+
+    @field_validator("scores", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        """Shards made before several scores could be carried say one name or none."""
+        if value is None or value == "none":
+            return ()
+        return (value,) if isinstance(value, str) else value
 
 
 class ReportConfig(StageConfig):
