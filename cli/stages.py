@@ -179,7 +179,7 @@ STAGES: Final[dict[str, Stage]] = {
             "clips_data.score:run",
             folder=lambda config, run: f"scores/{config.name}",
             reads=lambda config, run: ["pairs", *_columns(config)],
-            watches=lambda config: _model(config, "clip"),
+            watches=lambda config: _existing(config, "labels") if config.labels else _model(config, "clip"),
             about="Similarities are cosines between the image's and the caption's features of one CLIP model.",
             example="clips score --columns web,synthetic --model ViT-B-32 --pretrained laion2b_s34b_b79k",
         ),
@@ -191,10 +191,12 @@ STAGES: Final[dict[str, Stage]] = {
             reads=lambda config, run: [
                 "pairs",
                 *_columns(config),
-                *([f"scores/{config.scores}"] if config.scores else []),
+                *(f"scores/{name}" for name in config.scores),
             ],
-            about="The tars are plain webdataset shards; image bytes are copied unchanged.",
-            example="clips shard --split period --web-ratio 0.8 --heldout-ratio 0.01",
+            watches=lambda config: _existing(config, "balance") if config.balance else {},
+            about="The tars are plain webdataset shards; image bytes are copied unchanged. New shards of pairs are added "
+            "as further tars.",
+            example="clips shard --where 'score.web >= 0.2 AND pairs.width >= 200' --split sentence --web-ratio 0.8",
         ),
         Stage(
             "train",

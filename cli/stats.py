@@ -16,7 +16,8 @@ from .options import LazyCommand, common_options
 def build(name: str, summary: str) -> click.Command:
     about = (
         "FOLDER is a work folder, or one stage's folder in it (pairs/, captions/NAME, scores/NAME, shards/). Reads "
-        "tables and sidecars of finished shards, no images. Figures that have a usual range are shown beside it."
+        "tables and sidecars of finished shards, no images. Figures that have a usual range are shown beside it. With "
+        "--tokenizer the lengths of captions and their pieces are shown instead, and how many a text tower would cut."
     )
     return LazyCommand(
         name,
@@ -38,18 +39,39 @@ def _parameters() -> list[click.Parameter]:
             metavar="N",
             help="Number of hosts to show, those with most attempts first.",
         ),
+        click.Option(
+            ["--tokenizer"],
+            metavar="NAME",
+            help="Show lengths in these tokens: bpe (open_clip's own), bert:PATH (with BERT's vocab.txt) or hf:FOLDER "
+            "(any Hugging Face tokenizer).",
+        ),
+        click.Option(
+            ["--split"],
+            metavar="RULE",
+            help="With --tokenizer: cut captions into pieces by this rule (period, sentence or authors). Default: "
+            "shards as they are cut, caption columns as `clips shard` cuts by default.",
+        ),
         *common_options(("work", "json", "debug")),
     ]
 
 
-def stats(folder: Path | None, work: Path | None, top: int, as_json: bool, debug: bool) -> None:
+def stats(
+    folder: Path | None,
+    work: Path | None,
+    top: int,
+    tokenizer: str | None,
+    split: str | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
     from clips_data.errors import UsageError, UserError
-    from clips_data.stats import gather
 
     if folder is not None and work is not None:
         raise UsageError(f"FOLDER {folder} and --work {work} both name what to count. Give one of them.")
     root = folder or work or Path()
-    found = gather(root, top)
+    if split is not None and tokenizer is None:
+        raise UsageError(f"--split {split} is about pieces, which are measured with --tokenizer. Give that, too.")
+    found = _counts(root, top) if tokenizer is None else _lengths(root, tokenizer, split)
     if not found:
         raise UserError(f"{root} holds no finished work. Point --work at the folder of a run.")
     if as_json:
@@ -57,6 +79,18 @@ def stats(folder: Path | None, work: Path | None, top: int, as_json: bool, debug
     else:
         for line in indented(found):
             print(printable(line))
+
+
+def _counts(root: Path, top: int) -> dict[str, Any]:
+    from clips_data.stats import gather
+
+    return gather(root, top)
+
+
+def _lengths(root: Path, tokenizer: str, split: Any) -> dict[str, Any]:
+    from clips_data.lengths import gather
+
+    return {"lengths": gather(root, tokenizer, split)}
 
 
 def indented(values: Mapping[str, Any], depth: int = 0) -> Iterator[str]:

@@ -159,7 +159,8 @@ def _img2dataset_table(parquet: Path | None) -> pa.Table | None:
     try:
         with pq.ParquetFile(parquet) as file:
             table = file.read()
-    except (pa.ArrowException, OSError) as error:
+            table.validate(full=True)  # texts may hold bytes that are none
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(
             f"{parquet} cannot be read ({str(error).splitlines()[0]}), so img2dataset was stopped in this shard. "
             "Run img2dataset again, or remove the shard's files."
@@ -167,6 +168,9 @@ def _img2dataset_table(parquet: Path | None) -> pa.Table | None:
     if not {"key", "status", "error_message"} <= set(table.column_names):
         return None
     keys = table["key"].to_pylist()
+    wrong = next((row for row, key in enumerate(keys) if not isinstance(key, str)), None)
+    if wrong is not None:
+        raise UserError(f"{parquet} row {wrong} has key {keys[wrong]!r}, which is no text. Make this shard again.")
     if len(set(keys)) < len(keys):
         twice = next(key for key, number in Counter(keys).items() if number > 1)
         raise UserError(f"{parquet} has key {twice!r} more than once. Make this shard again.")
@@ -194,7 +198,7 @@ def _check_count(foreign: Foreign, num_rows: int, content: Content) -> None:
         return
     try:
         count = json.loads(stats.read_text())["count"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         content.differs("unreadable _stats.json", stats.name)
         return
     if count != num_rows:
@@ -245,7 +249,8 @@ def _said(sample: tars.Sample, choices: Choices, content: Content) -> dict[str, 
 
 
 def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+    """A text; half a surrogate pair, which JSON can spell and no text can hold, becomes a replacement character."""
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else None
 
 
 def _plain_row(key: str, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from clips_data import duplicates, forget_traces, ledger, locks, rewrite, schema
+from clips_data import duplicates, forget_traces, ledger, locks, near_duplicates, rewrite, schema, shard_index
 from clips_data.errors import UserError
 from clips_data.forget_plan import (
     Plan,
@@ -129,16 +129,20 @@ def _carry_out(work: Path, plan: Plan) -> Outcome:
         count = rewrite.count_captions if folder.parent.name == schema.CAPTIONS else rewrite.count_scores
         for unit in _still_finished(folder, plan.touched.get(folder.relative_to(work).as_posix(), [])):
             rewrite.table_unit(folder, unit, gone, count)
+        if gone and near_duplicates.forget(folder):
+            outcome.notes.append(
+                f"Near-duplicate captions of {folder.name} are not told any more: run `clips score --near-duplicates`."
+            )
     lineage = {}
     for folder in shard_folders(work):
         name = folder.relative_to(work).as_posix()
         if name in plan.shards:
             for unit in _still_finished(folder, plan.touched[name]):
                 rewrite.shard_unit(folder, unit, gone)
-            lineage[plan.shards[name]] = rewrite.index_of_shards(folder)
-        elif num_tars := _drop_shards(folder):
+            lineage[plan.shards[name]] = rewrite.index_of_shards(folder, work)
+        if num_tars := _drop_unfinished(folder):
             outcome.notes.append(
-                f"{name}/ was not finished, so its {num_tars} tars were removed: run `clips shard` again."
+                f"{name}/ was not finished, so {num_tars} tars were removed: run `clips shard` again."
             )
     if gone and (work / schema.COMPARE).is_dir():
         shutil.rmtree(work / schema.COMPARE)
@@ -172,15 +176,20 @@ def _mark_duplicates(pairs: Path, outcome: Outcome) -> None:
         outcome.notes.append(f"Duplicates are not marked any more: {error}")
 
 
-def _drop_shards(folder: Path) -> int:
-    """The rest of an unfinished folder would be planned from other samples than these tars, and overlap with them."""
-    units = ledger.finished_units(folder)
+def _drop_unfinished(folder: Path) -> int:
+    """The rest of an unfinished generation would be planned from other samples than its tars, and overlap with them."""
+    index = shard_index.read(folder)
+    splits = index["splits"].values() if index is not None else ()
+    finished = {shard["file"].removesuffix(".tar") for split in splits for shard in split["shards"]}
+    units = [unit for unit in ledger.finished_units(folder) if unit not in finished]
     for unit in units:
         sidecar = ledger.read_sidecar(folder, unit, check_files=False)
         assert sidecar is not None
         ledger.forget_unit(folder, unit)
         for name in sidecar.files:
             (folder / name).unlink(missing_ok=True)
+    if index is None:
+        shard_index.remove(folder)
     return len(units)
 
 

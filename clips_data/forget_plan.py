@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from clips_data import duplicates, joined, ledger, rewrite, schema, tars
+from clips_data import duplicates, joined, ledger, rewrite, schema, shard_index, tars
 from clips_data.errors import UserError
 from clips_data.forget_traces import SeenBy, seen_by
 from clips_data.forgotten import Forgotten, forgotten, url_digest
-from clips_data.shard import INDEX_FILE
+from clips_data.shard_index import INDEX_FILE
 from clips_data.verify import problem_with
 
 _IDENTITY: Final = frozenset(
@@ -115,12 +115,14 @@ def draw_plan(work: Path, matching: Matching) -> Plan:
             rows = [row["key"] for row in rewrite.read_journal(path)[1:]]
             removed[path.relative_to(work).as_posix()] = len(gone.intersection(rows)), len(rows)
     used, in_training, shards = set(), {}, {}
+    generations: list[list[str]] = []
     for folder in shard_folders(work):
         name = folder.relative_to(work).as_posix()
         keys_of = {unit: _keys(folder / f"{unit}.index.parquet") for unit in ledger.finished_units(folder)}
         used |= {_unit_of(key) for keys in keys_of.values() for key in keys}
         touched[name] = [unit for unit, keys in keys_of.items() if gone & keys]
         removed[name] = sum(len(gone & keys) for keys in keys_of.values()), sum(map(len, keys_of.values()))
+        generations += shard_index.generations(folder)
         if (folder / INDEX_FILE).exists():
             shards[name] = json.loads((folder / INDEX_FILE).read_text())["digest"]
             in_training[shards[name]] = sum(
@@ -129,7 +131,9 @@ def draw_plan(work: Path, matching: Matching) -> Plan:
     for name, units in touched.items():
         _check_intact(work / name, units)
     every = list(digests[schema.PAIRS])
-    unit_sets = [units for units in (every, sorted(used.intersection(every))) if units]
+    # Folders that tell their generations were made from these; older ones from all shards, or those of their samples.
+    unit_sets = [units for units in (every, sorted(used.intersection(every)), *generations) if units]
+    unit_sets = [units for units in unit_sets if digests[schema.PAIRS].keys() >= {*units}]
     return Plan(
         keys=sorted(gone),
         touched=touched,

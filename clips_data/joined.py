@@ -6,20 +6,23 @@ or that speaks of another image, ends the stage with its key named.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from clips_data import duplicates, ledger, schema, tars
 from clips_data.errors import UserError, did_you_mean
 from clips_data.forgotten import refuse_unfinished
+from clips_data.joining import check_unique, join
 
 if TYPE_CHECKING:
     import polars as pl
 
 WEB: Final = "web"
 """The caption column that comes from the download; all others are folders under ``captions/``."""
+SCORE: Final = "score"
+"""What expressions call the first of the scores, which have a name of their own too."""
 
 _PAIR_COLUMNS: Final = frozenset(("url", "caption", *schema.PAIR_COLUMNS))
 _ADDED: Final = ("text.", "code.", "score.", "place.")
@@ -33,7 +36,7 @@ class Inputs:
     pairs: Path
     units: tuple[str, ...]
     folders: Mapping[str, Path]
-    """``captions/<column>`` and ``scores/<name>`` to the folder it is in."""
+    """``captions/<column>`` and ``scores/<name>`` to the folder it is in, in the order in which they were asked for."""
     left_out: Mapping[str, pl.Series] = field(default_factory=dict)
     """Unit to the keys of its images that repeat an earlier one; ``table`` leaves these rows out."""
 
@@ -56,29 +59,102 @@ class Inputs:
         """All rows of a pairs shard, also the failed ones."""
         return read_table(self.pairs / f"{unit}.parquet")
 
-    def table(self, unit: str) -> pl.DataFrame:
+    def table(self, unit: str, *, images: bool = True) -> pl.DataFrame:
         """One row for each successful pair, in list order.
 
         The columns of the pairs table, then for each caption column ``text.<column>`` ("" where there is none) and
-        ``code.<column>``, for scores ``score.<column>``, and the image's place ``place.offset``, ``place.bytes``,
-        ``place.ext`` in the pairs tar. Raises ``UserError`` where the sides disagree.
+        ``code.<column>``, ``score.<field>`` for the first of the scores and ``score.<name>.<field>`` for further ones,
+        and the image's place ``place.offset``, ``place.bytes``, ``place.ext`` in the pairs tar, unless ``images`` is
+        false, which spares the reading of the tar. Raises ``UserError`` where the sides disagree.
         """
         import polars as pl
 
-        table = self.pair_rows(unit).filter(pl.col("status") == schema.STATUS_SUCCESS)
         where = self.pairs / f"{unit}.parquet"
-        _check_unique(table, where)
-        web = _text(table, "caption").alias(f"text.{WEB}") if "caption" in table.columns else pl.lit("")
+        table = self._successful(unit)
+        web = _text(table, "caption") if "caption" in table.columns else pl.lit("")
         table = table.with_columns(web.alias(f"text.{WEB}"), pl.lit("ok").alias(f"code.{WEB}"))
-        for name, folder in self.folders.items():
+        for column, folder in self._named(schema.CAPTIONS).items():
             file = folder / f"{unit}.parquet"
-            other = _scores(file) if name.startswith(schema.SCORES) else _captions(file, folder.name)
-            table = _join(table, other, where, file)
+            table = join(table, _captions(file, column), where, file)
+        for number, (name, folder) in enumerate(self._named(schema.SCORES).items()):
+            file = folder / f"{unit}.parquet"
+            prefix = f"{SCORE}.{name}." if number else f"{SCORE}."
+            other = read_table(file).select("key", "sha256", pl.exclude("key", "sha256").name.prefix(prefix))
+            table = join(table, other, where, file)
+        return self._without_duplicates(unit, self._placed(unit, table) if images else table)
+
+    def view(self, unit: str, names: Collection[str] | None = None) -> pl.DataFrame:
+        """What expressions see: the rows of ``table`` in the same order, with what belongs together in structs.
+
+        ``key`` and ``sha256``; ``pairs`` with all columns of the pairs table; for each caption column a struct of that
+        name with ``caption`` ("" where it is not usable), ``num_chars``, ``num_words`` and ``code``, and for those
+        that were made also ``raw``, ``status``, ``finish_reason``, ``num_tokens``, ``flags`` and ``prompt_variant``;
+        for each of the scores a struct of that name, the first also as ``score``, with ``<column>_near_duplicate_of``
+        where that was told. ``names`` are the structs that are wanted, so that nothing else is read. Raises
+        ``UserError`` where sides disagree or two would have one name.
+        """
+        import polars as pl
+
+        wanted = set(self.view_names()) & set(self.view_names() if names is None else names)
+        where = self.pairs / f"{unit}.parquet"
+        pairs = self._successful(unit, None if wanted & {schema.PAIRS, WEB} else ["key", "sha256", "status"])
+        view = pairs.select("key", "sha256")
+        if schema.PAIRS in wanted:
+            view = view.with_columns(pairs.select(pl.struct(pl.all()).alias(schema.PAIRS)).to_series())
+        if WEB in wanted:
+            text = _text(pairs, "caption") if "caption" in pairs.columns else pl.repeat("", len(pairs))
+            code = pl.when(pl.col("caption") == "").then(pl.lit("empty")).otherwise(pl.lit("ok")).alias("code")
+            web = pairs.select(text.alias("caption")).with_columns(*_lengths(), code)
+            view = view.with_columns(web.to_struct(WEB))
+        for column, folder in self._named(schema.CAPTIONS).items():
+            if column in wanted:
+                file = folder / f"{unit}.parquet"
+                view = join(view, _caption_struct(file, column), where, file)
+        for number, (name, folder) in enumerate(self._named(schema.SCORES).items()):
+            called = {name, SCORE} & wanted if number == 0 else {name} & wanted
+            if called:
+                view = join(view, _score_structs(folder, unit, sorted(called)), where, folder / f"{unit}.parquet")
+        return self._without_duplicates(unit, view)
+
+    def view_names(self) -> list[str]:
+        """The columns of ``view``. Raises ``UserError`` where two would have one name."""
+        scores = list(self._named(schema.SCORES))
+        columns = [WEB, *self._named(schema.CAPTIONS)]
+        names = ["key", "sha256", schema.PAIRS, *columns, *([SCORE] if scores else []), *scores]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UserError(
+                f"In expressions, {twice[0]} would be both a caption column or scores of that name and something else. "
+                f"Make them again under another name; taken are: {', '.join(dict.fromkeys(names))}."
+            )
+        return names
+
+    def _named(self, kind: str) -> dict[str, Path]:
+        """Name to folder of the caption columns or the scores."""
+        prefix = f"{kind}/"
+        return {name.removeprefix(prefix): path for name, path in self.folders.items() if name.startswith(prefix)}
+
+    def _successful(self, unit: str, columns: list[str] | None = None) -> pl.DataFrame:
+        import polars as pl
+
+        rows = read_table(self.pairs / f"{unit}.parquet", columns)
+        table = rows.filter(pl.col("status") == schema.STATUS_SUCCESS)
+        check_unique(table, self.pairs / f"{unit}.parquet")
+        return table
+
+    def _without_duplicates(self, unit: str, table: pl.DataFrame) -> pl.DataFrame:
+        import polars as pl
+
+        return table.filter(~pl.col("key").is_in(self.left_out[unit].implode())) if unit in self.left_out else table
+
+    def _placed(self, unit: str, table: pl.DataFrame) -> pl.DataFrame:
+        import polars as pl
+
         source = pl.coalesce("source_key", "key") if "source_key" in table.columns else pl.col("key")
         placed = table.with_columns(source.alias("place.key"))
         images = self._images(unit, ignore="source_key" in table.columns and table["source_key"].null_count() == 0)
-        found = placed.join(images, on="place.key", how="left", maintain_order="left").pipe(_check_images, where)
-        return found.filter(~pl.col("key").is_in(self.left_out[unit].implode())) if unit in self.left_out else found
+        found = placed.join(images, on="place.key", how="left", maintain_order="left")
+        return _check_images(found, self.pairs / f"{unit}.parquet")
 
     def _images(self, unit: str, *, ignore: bool) -> pl.DataFrame:
         """Where the images lie in the tar. ``ignore`` passes over what else an adopted tar may hold."""
@@ -98,7 +174,7 @@ def open_inputs(
     work: Path,
     columns: tuple[str, ...],
     *,
-    scores: str | None = None,
+    scores: tuple[str, ...] | str | None = (),
     units: tuple[str, ...] | None = None,
     pairs: Path | None = None,
     without_duplicates: bool = False,
@@ -106,8 +182,8 @@ def open_inputs(
     """The folders under ``work`` that hold these columns and scores, once all of ``units`` are finished in them.
 
     ``units`` defaults to all finished shards of ``pairs`` (default ``work/pairs``). ``without_duplicates`` leaves out
-    images that the download marked as repeating an earlier one. Raises ``UserError`` naming the
-    folder and the command that makes it.
+    images that the download marked as repeating an earlier one. Raises ``UserError`` naming the folder and the
+    command that makes it.
     """
     pairs = pairs or work / schema.PAIRS
     refuse_unfinished(pairs)
@@ -120,21 +196,21 @@ def open_inputs(
             folder = work / schema.CAPTIONS / column
             _check_folder(folder, names, f"clips recaption --column {column}", "--columns")
             folders[f"{schema.CAPTIONS}/{column}"] = folder
-    if scores is not None:
-        folder = work / schema.SCORES / scores
-        _check_folder(folder, names, f"clips score --name {scores}", "--scores (none carries no scores)")
-        folders[f"{schema.SCORES}/{scores}"] = folder
+    for name in (scores,) if isinstance(scores, str) else scores or ():
+        folder = work / schema.SCORES / name
+        _check_folder(folder, names, f"clips score --name {name}", "--scores (none carries no scores)")
+        folders[f"{schema.SCORES}/{name}"] = folder
     for unit in names:
         _sidecar(pairs, unit)
     return Inputs(pairs, names, folders, duplicates.left_out(pairs, names) if without_duplicates else {})
 
 
-def read_table(path: Path) -> pl.DataFrame:
-    """A parquet file; a damaged one is a ``UserError``."""
+def read_table(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
+    """A parquet file, or some of its columns; a damaged one is a ``UserError``."""
     import polars as pl
 
     try:
-        return pl.read_parquet(path, glob=False)
+        return pl.read_parquet(path, columns=columns, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -194,57 +270,51 @@ def _text(table: pl.DataFrame, column: str) -> pl.Expr:
     return pl.col(column).cast(pl.String).fill_null("").str.strip_chars()
 
 
+def _lengths() -> tuple[pl.Expr, pl.Expr]:
+    import polars as pl
+
+    text = pl.col("caption")
+    return text.str.len_chars().alias("num_chars"), text.str.count_matches(r"\S+").alias("num_words")
+
+
+def _usable(table: pl.DataFrame) -> pl.Expr:
+    """The caption of rows that have a usable one, else ""."""
+    import polars as pl
+
+    return pl.when(pl.col("status") == schema.STATUS_SUCCESS).then(_text(table, "caption")).otherwise(pl.lit(""))
+
+
 def _captions(file: Path, column: str) -> pl.DataFrame:
     import polars as pl
 
-    table = read_table(file)
-    good = pl.col("status") == schema.STATUS_SUCCESS
-    return table.select(
-        "key",
-        "sha256",
-        pl.when(good).then(_text(table, "caption")).otherwise(pl.lit("")).alias(f"text.{column}"),
-        pl.col("code").alias(f"code.{column}"),
-    )
+    table = read_table(file, ["key", "sha256", "caption", "status", "code"])
+    return table.select("key", "sha256", _usable(table).alias(f"text.{column}"), pl.col("code").alias(f"code.{column}"))
 
 
-def _scores(file: Path) -> pl.DataFrame:
+def _caption_struct(file: Path, column: str) -> pl.DataFrame:
     import polars as pl
 
     table = read_table(file)
-    return table.select("key", "sha256", pl.exclude("key", "sha256").name.prefix("score."))
+    text = dict.fromkeys(("raw", "code", "status", "finish_reason", "prompt_variant"), pl.String())
+    kinds: dict[str, pl.DataType] = {**text, "num_tokens": pl.Int32(), "flags": pl.List(pl.String)}
+    made = [
+        pl.col(name).cast(kind) if name in table.columns else pl.lit(None, kind).alias(name)
+        for name, kind in kinds.items()
+    ]
+    fields = table.select(_usable(table).alias("caption"), *made).with_columns(*_lengths())
+    return table.select("key", "sha256").with_columns(fields.to_struct(column))
 
 
-def _join(table: pl.DataFrame, other: pl.DataFrame, where: Path, file: Path) -> pl.DataFrame:
-    import polars as pl
+def _score_structs(folder: Path, unit: str, names: list[str]) -> pl.DataFrame:
+    """The scores, and which captions nearly repeat others where that was told, once under each name."""
+    from clips_data import near_duplicates  # which reads joined tables itself
 
-    _check_unique(other, file)
-    _check_keys(table, other, where, file)
-    _check_keys(other, table, file, where)
-    joined = table.join(other, on="key", how="left", suffix=".other", maintain_order="left")
-    wrong = joined.filter(pl.col("sha256") != pl.col("sha256.other"))
-    if len(wrong):
-        row: dict[str, Any] = wrong.row(0, named=True)
-        raise UserError(
-            f"{len(wrong)} of {len(joined)} rows of {file} are about other images than {where}: key {row['key']} has "
-            f"image sha256 {row['sha256.other']} there and {row['sha256']} in the pairs. "
-            f"Make {file.name} again from these pairs."
-        )
-    return joined.drop("sha256.other")
-
-
-def _check_keys(table: pl.DataFrame, other: pl.DataFrame, where: Path, file: Path) -> None:
-    missing = table.join(other, on="key", how="anti", maintain_order="left")
-    if len(missing):
-        raise UserError(
-            f"{file} lacks {len(missing)} of {len(table)} keys that {where} has, the first is {missing['key'][0]}. "
-            "Make the one that is wrong again."
-        )
-
-
-def _check_unique(table: pl.DataFrame, where: Path) -> None:
-    twice = table.filter(table["key"].is_duplicated())
-    if len(twice):
-        raise UserError(f"{where} has key {twice['key'][0]} more than once. Make this shard again.")
+    table = read_table(folder / f"{unit}.parquet")
+    near = near_duplicates.read(folder, unit)
+    if near is not None:
+        table = table.join(near, on="key", how="left", maintain_order="left")
+    fields = table.drop("key", "sha256")
+    return table.select("key", "sha256").with_columns(fields.to_struct(name) for name in names)
 
 
 def _check_images(table: pl.DataFrame, where: Path) -> pl.DataFrame:

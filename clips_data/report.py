@@ -186,14 +186,13 @@ def _texts(counts: dict[str, Any]) -> str:
 
 
 def _mix(shards: dict[str, Any]) -> str:
-    ratio = shards["web_ratio"]
     total = shards["succeeded"]
     rows = [
-        [
-            "<code>.txt</code> is the web caption",
-            h.percent(ratio["realised"] or 0),
-            f"wanted {h.percent(ratio['wanted'])}",
-        ]
+        [h.text(f"removed by {name}"), h.number(number), "before the mix"] for name, number in shards["removed"].items()
+    ]
+    rows += [
+        [f"<code>.txt</code> is {h.text(column)}", h.percent(share), f"by {h.text(shards['mix']['rules'])}"]
+        for column, share in shards["mix"]["realised"].items()
     ]
     for name, number in shards["fallbacks"].items():
         taken, _, missing = name.partition("_for_missing_")

@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-from clips_data import ledger, schema, tars
+from clips_data import dataset_facts, joined, ledger, schema, shard_index, tars
 from clips_data.errors import UserError
-from clips_data.shard import INDEX_FILE, mix
+from clips_data.mixing import Mix
 from clips_data.verify import problem_with
 
 if TYPE_CHECKING:
@@ -109,31 +109,31 @@ def _outcomes(shards: Path, unit: str, table: pa.Table) -> Mapping[str, int]:
     from clips_data.config import ShardConfig
 
     config = ShardConfig(**_sidecar(shards, unit).config)
+    mix = Mix.of(config.web_ratio, config.columns, config.mix, config.replace_below)
     counts: Counter[str] = Counter()
     tar = ledger.part(shards / f"{unit}.tar")
     with tars.open_tar(tar) as file:
         for row in table.to_pylist():
             about = json.loads(tars.read_at(file, tar, row["json_offset"], row["json_bytes"]))
-            counts[mix(config, row["key"], {column: about[column] for column in config.columns})[1]] += 1
+            choice = mix.choose(seed=config.seed, epoch=0, key=row["key"], texts=about, scores=about["scores"])
+            counts[choice.outcome] += 1
     return counts
 
 
-def index_of_shards(shards: Path) -> str:
-    """Brings ``index.json`` in line with the tars that it names, and returns the new digest."""
-    path = shards / INDEX_FILE
-    index: dict[str, Any] = json.loads(path.read_text())
-    digests, counts = [], Counter[str]()
-    for split in (index["splits"][name] for name in ("train", "heldout")):
-        for shard in split["shards"]:
-            sidecar = _sidecar(shards, shard["file"].removesuffix(".tar"))
-            shard |= {"num_samples": sum(sidecar.counts.values()), **sidecar.files[shard["file"]]}
-            digests.append(shard["sha256"])
-            counts.update(sidecar.counts)
-        split["num_samples"] = sum(shard["num_samples"] for shard in split["shards"])
-    index["mix"]["counts"] = dict(counts)
-    index["digest"] = ledger.digest_json(digests)
-    ledger.write_json(path, index)
-    return str(index["digest"])
+def index_of_shards(shards: Path, work: Path) -> str:
+    """Brings ``index.json`` in line with its tars and with what they were made from, and returns the new digest."""
+    from clips_data.config import ShardConfig
+
+    index = shard_index.read(shards)
+    assert index is not None, shards
+    units = [unit for generation in shard_index.generations(shards) for unit in generation]
+    if named := [shard["file"] for split in index["splits"].values() for shard in split["shards"]]:
+        config = ShardConfig(**_sidecar(shards, named[0].removesuffix(".tar")).config)
+        names = [f"{schema.CAPTIONS}/{column}" for column in config.columns if column != joined.WEB]
+        names += [f"{schema.SCORES}/{name}" for name in config.scores]
+        given = joined.Inputs(work / schema.PAIRS, tuple(units), {name: work / name for name in names})
+        index["about"] = dataset_facts.gather(given, config)
+    return shard_index.refresh(shards, index)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

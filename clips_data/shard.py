@@ -1,49 +1,36 @@
 """``clips shard``: pairs, caption columns and scores become shuffled webdataset shards with offset indexes.
 
-First a plan is drawn: which sample goes to which place of which split, and which caption its ``.txt`` holds. Then every
-tar is written on its own, from the plan and the images' offsets, so memory holds the texts of one tar and one image.
+First a plan is drawn: which sample goes to which place of which split. Then every tar is written on its own, from the
+plan's rows and the images' offsets, so memory holds the texts of one tar and one image. Shards of pairs that appear
+later become a further generation of tars, shuffled among themselves; finished tars never change.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import shutil
 import time
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from clips_data import draws, executor, joined, ledger, locks, schema, tars
+from clips_data import dataset_facts, executor, joined, ledger, locks, schema, shard_index
 from clips_data.config import ShardConfig
 from clips_data.errors import ResumeRefused, UserError
 from clips_data.executor import Job, Report
-from clips_data.shard_plan import SPLITS, Tar, draw_plan
-from clips_data.split import split
+from clips_data.shard_index import Generation
+from clips_data.shard_plan import HELDOUT, SPLITS, Plan, Tar, draw_plan
+from clips_data.shard_write import Writing, config_of, write_tar
 
-INDEX_FILE: Final = "index.json"
-PRELOAD: Final = ("polars", "pyarrow.parquet", "clips_data.shard")
-_INDEX_COLUMNS: Final = ("image_offset", "image_bytes", "txt_offset", "txt_bytes", "json_offset", "json_bytes")
-
-
-@dataclass(frozen=True)
-class Writing:
-    """What the writing of every tar needs to know. Goes to worker processes."""
-
-    config: ShardConfig
-    pairs: Path
-    out: Path
-    plan: Path
-    inputs: dict[str, str]
+PRELOAD = ("polars", "pyarrow.parquet", "clips_data.shard")
 
 
 def run(config: ShardConfig, job: Job) -> Report:
-    """Writes the tars that are not finished yet, and ``index.json`` once all are there.
+    """Writes the tars that are not finished yet, and ``index.json`` once all of a generation are there.
 
-    Raises ``UserError`` when a column is missing, unfinished or about other images, and ``ResumeRefused`` when finished
-    tars were made from other inputs or choices.
+    Raises ``UserError`` when a column is missing, unfinished or about other images, or a filter leaves nothing, and
+    ``ResumeRefused`` when finished tars were made from other inputs or choices.
     """
     started = time.monotonic()
     _check_columns(config)
@@ -54,12 +41,8 @@ def run(config: ShardConfig, job: Job) -> Report:
     if given.left_out:
         report.facts["left_out_as_duplicates"] = sum(len(keys) for keys in given.left_out.values())
     out = job.out or job.work / schema.SHARDS
-    plan = out / "_plan" / (job.slice or "all").replace("/", "-of-") / "plan.parquet"
-    writing = Writing(config, given.pairs, out, plan, given.digests())
-    overwrite = job.overwrite and not job.dry_run
-    if not _finished_before(writing, overwrite, report):
-        with ledger.readable_disk_errors(out):
-            _write(writing, given, job, overwrite, report)
+    with ledger.readable_disk_errors(out):
+        _Sharding(config, given, out, job, report).run()
     report.seconds = time.monotonic() - started
     return report
 
@@ -76,247 +59,228 @@ def _check_columns(config: ShardConfig) -> None:
 
 def _without_absent_scores(config: ShardConfig, work: Path, report: Report) -> ShardConfig:
     """Scores that nobody asked for may be absent, and the report says so; scores that were named must be there."""
-    if config.scores is None or "scores" in config.model_fields_set:
+    if "scores" in config.model_fields_set:
         return config
-    if (folder := work / schema.SCORES / config.scores).is_dir():
+    absent = [name for name in config.scores if not (work / schema.SCORES / name).is_dir()]
+    if not absent:
         return config
-    report.facts["scores"] = f"none carried: {folder} does not exist"
-    return config.model_copy(update={"scores": None})
+    report.facts["scores"] = f"none carried: {work / schema.SCORES / absent[0]} does not exist"
+    return config.model_copy(update={"scores": tuple(name for name in config.scores if name not in absent)})
 
 
-def _finished_before(writing: Writing, overwrite: bool, report: Report) -> bool:
-    """Whether ``index.json`` and all tars it names are there, made from the same inputs and config."""
-    path = writing.out / INDEX_FILE
-    if not path.exists():
-        return False
-    index = json.loads(path.read_text())
-    files = [shard["file"] for name in SPLITS for shard in index["splits"][name]["shards"]]
-    try:
-        done = [_is_done(writing, Path(file).stem, overwrite=False) for file in files]
-    except ResumeRefused:
-        if not overwrite:
-            raise
-        return False
-    if not all(done):
-        return False
-    for file in files:
-        _note(writing.out, Path(file).stem, report)
-    report.add({"dropped_without_caption": index["dropped"]} if index["dropped"] else {})
-    report.skipped = len(files)
-    return True
+@dataclass
+class _Sharding:
+    """One run over one folder of shards."""
+
+    config: ShardConfig
+    given: joined.Inputs
+    out: Path
+    job: Job
+    report: Report
+
+    @property
+    def scratch(self) -> Path:
+        return self.out / "_plan" / (self.job.slice or "all").replace("/", "-of-")
+
+    def run(self) -> None:
+        named, done = self._generations()
+        made: list[Generation] = []
+        first_tar = dict.fromkeys(SPLITS, 0)
+        for number, units in enumerate(named):
+            if number < len(done) and not self.config.explain and self._is_whole(units, done[number]):
+                generation: Generation | None = done[number]
+            else:
+                generation = self._make(named, number, made, first_tar)
+            if generation is None:  # a dry run, a slice or a limit: it stays unfinished
+                return
+            self._note(generation)
+            made.append(generation)
+            for tar in generation.tars:
+                first_tar[tar.partition("-")[0]] += 1
+
+    def _generations(self) -> tuple[list[list[str]], list[Generation]]:
+        """The shards of pairs of each generation, and the generations that are finished, perhaps in another way.
+
+        With --overwrite, what was made otherwise or in several generations is made anew in one.
+        """
+        if not self.job.overwrite:
+            return shard_index.grown(self.out, self.given.units), shard_index.finished(self.out)
+        named, done = shard_index.generations(self.out), shard_index.finished(self.out)
+        if [*map(set, named)] == [set(self.given.units)] and self._is_finished(named, done):
+            return named, done
+        if not self.job.dry_run:
+            shard_index.remove(self.out)
+        return [list(self.given.units)], []
+
+    # --- what is there ------------------------------------------------------------------------------------------------
+
+    def _writing(self, given: joined.Inputs) -> Writing:
+        inputs = given.digests()
+        if self.config.balance is not None:
+            inputs["balance"] = ledger.digest_file(Path(self.config.balance))
+        return Writing(self.config, given.pairs, self.out, inputs)
+
+    def _given(self, units: list[str]) -> joined.Inputs:
+        left_out = {unit: keys for unit, keys in self.given.left_out.items() if unit in set(units)}
+        return replace(self.given, units=tuple(units), left_out=left_out)
+
+    def _is_whole(self, units: list[str], generation: Generation) -> bool:
+        """Whether all tars are there, made from the same inputs and config. Raises ``ResumeRefused`` if from others."""
+        writing = self._writing(self._given(units))
+        return all([ledger.is_done(**_unit(writing, tar), overwrite=False) for tar in generation.tars])
+
+    def _is_finished(self, named: list[list[str]], done: list[Generation]) -> bool:
+        try:
+            return len(named) == len(done) and all(
+                self._is_whole(units, generation) for units, generation in zip(named, done, strict=True)
+            )
+        except ResumeRefused:
+            return False
+
+    def _note(self, generation: Generation) -> None:
+        """Adds a finished generation to the report."""
+        for tar in generation.tars:
+            sidecar = ledger.read_sidecar(self.out, tar)
+            assert sidecar is not None
+            self.report.add(dict(sidecar.counts))
+            self.report.units.append(self.out / f"{tar}.tar")
+        made = self.report.made
+        self.report.skipped = len(self.report.units) - made
+        if generation.dropped:
+            self.report.add({"dropped_without_caption": generation.dropped})
+
+    # --- making -------------------------------------------------------------------------------------------------------
+
+    def _make(
+        self, named: list[list[str]], number: int, made: list[Generation], first_tar: Mapping[str, int]
+    ) -> Generation | None:
+        given = self._given(named[number])
+        writing = self._writing(given)
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        try:
+            plan = draw_plan(
+                self.config,
+                given,
+                self.scratch,
+                known_heldout=_heldout_images(self.out, made) if number and self.config.heldout_max else None,
+                first_tar=first_tar,
+                num_processes=_num_processes(self.job),
+            )
+            self._tell(plan, number)
+            strangers = self._strangers(made, plan)
+            todo = self._todo(writing, plan)
+            if self.job.dry_run:
+                self.report.facts["shards_to_do"] = len(todo)
+                return None
+            _remove(self.out, strangers)
+            with locks.locked(self.out):
+                shard_index.write_generations(self.out, named)
+            self._write_tars(writing, plan, todo)
+            missing = [tar.unit for tar in plan.tars if ledger.read_sidecar(self.out, tar.unit) is None]
+            if missing:
+                self.report.facts["shards_missing"] = len(missing)
+                self._note(Generation([tar.unit for tar in plan.tars if tar.unit not in missing], 0, 0))
+                return None
+            generation = Generation([tar.unit for tar in plan.tars], plan.num_rows, plan.dropped, plan.removed)
+            about = dataset_facts.gather(
+                self._given([unit for units in named[: number + 1] for unit in units]), self.config
+            )
+            with locks.locked(self.out):
+                shard_index.write(self.out, self.config, [*made, generation], about)
+            return generation
+        finally:
+            _remove_scratch(self.scratch, self.out)
+
+    def _tell(self, plan: Plan, number: int) -> None:
+        if number:
+            grown = sum(tar.num_rows for tar in plan.tars)
+            self.report.notes.append(
+                f"{grown} samples of new shards are added as generation {number}, shuffled among themselves; "
+                "--overwrite shuffles all"
+            )
+        left = plan.num_rows
+        for name, removed in plan.removed.items():
+            self.report.notes.append(f"{name}: removed {removed} of {left}")
+            left -= removed
+            for example in plan.examples.get(name, []):
+                self.report.notes.append(f"  {_one_line(example)}")
+
+    def _strangers(self, made: list[Generation], plan: Plan) -> list[str]:
+        """Finished tars of another plan, which would stay beside the new ones. With --overwrite they go."""
+        ours = {tar.unit for tar in plan.tars}.union(*(generation.tars for generation in made))
+        strangers = [unit for unit in ledger.finished_units(self.out) if unit not in ours]
+        if strangers and not self.job.overwrite:
+            raise ResumeRefused(
+                f"{self.out} has {len(strangers)} finished shards that these inputs do not make "
+                f"({', '.join(strangers[:3])}). Use --overwrite to replace them, or --out with a new folder to keep "
+                "both."
+            )
+        return strangers
+
+    def _todo(self, writing: Writing, plan: Plan) -> list[Tar]:
+        """The tars of this slice that are missing and that ``limit`` lets through whole."""
+        mine = set(executor.slice_of([tar.unit for tar in plan.tars], self.job.slice))
+        todo, rows = [], 0
+        for tar in plan.tars:
+            overwrite, dry_run = self.job.overwrite, self.job.dry_run
+            done = ledger.is_done(**_unit(writing, tar.unit), overwrite=overwrite, dry_run=dry_run)
+            if tar.unit in mine:
+                rows += tar.num_rows
+                if not done and (self.job.limit is None or rows <= self.job.limit):
+                    todo.append(tar)
+        return todo
+
+    def _write_tars(self, writing: Writing, plan: Plan, todo: list[Tar]) -> None:
+        from tqdm import tqdm
+
+        work = functools.partial(_write_planned, plan=plan, writing=writing)
+        num_processes = min(_num_processes(self.job), len(todo))
+        rows = sum(tar.num_rows for tar in todo)
+        with tqdm(total=rows, unit="sample", desc="shard", disable=self.job.quiet or None) as progress:
+            for num_rows in executor.map_units(work, todo, num_processes=num_processes, preload=PRELOAD):
+                progress.update(num_rows)
+                self.report.made += 1
 
 
-def _is_done(writing: Writing, unit: str, overwrite: bool) -> bool:
-    config = writing.config.model_dump(mode="json")
-    return ledger.is_done(writing.out, unit, inputs=writing.inputs, config=config, overwrite=overwrite)
+def _num_processes(job: Job) -> int:
+    return 0 if job.processes <= 1 else job.processes
 
 
-def _note(out: Path, unit: str, report: Report) -> None:
-    """Adds a finished tar to the report."""
-    sidecar = ledger.read_sidecar(out, unit)
-    assert sidecar is not None
-    report.add(dict(sidecar.counts))
-    report.units.append(out / f"{unit}.tar")
+def _unit(writing: Writing, tar: str) -> dict[str, Any]:
+    return {"folder": writing.out, "unit": tar, "inputs": writing.inputs, "config": config_of(writing.config)}
 
 
-def _write(writing: Writing, given: joined.Inputs, job: Job, overwrite: bool, report: Report) -> None:
-    writing.plan.parent.mkdir(parents=True, exist_ok=True)  # what a killed run left there is written over
-    try:
-        planned, dropped = draw_plan(writing.config, given, writing.plan)
-        _refuse_strangers(writing.out, {tar.unit for tar in planned}, overwrite)
-        todo = _todo(writing, planned, job, overwrite, report)
-        if job.dry_run:
-            report.facts["shards_to_do"] = len(todo)
-            return
-        if todo:
-            (writing.out / INDEX_FILE).unlink(missing_ok=True)  # it may name tars that are about to change
-        _write_tars(writing, todo, job, report)
-        finished = set(ledger.finished_units(writing.out))
-        for tar in planned:
-            if tar.unit in finished:
-                _note(writing.out, tar.unit, report)
-        report.add({"dropped_without_caption": dropped} if dropped else {})
-        if all(tar.unit in finished for tar in planned):
-            with locks.locked(writing.out):
-                ledger.write_json(writing.out / INDEX_FILE, _index(writing, planned, dropped))
-        else:
-            report.facts["shards_missing"] = sum(tar.unit not in finished for tar in planned)
-    finally:
-        shutil.rmtree(writing.plan.parent)
-        for folder in (writing.plan.parent.parent, writing.out):
-            with contextlib.suppress(OSError):  # not empty: other slices plan there, or tars are finished
-                folder.rmdir()
+def _write_planned(tar: Tar, plan: Plan, writing: Writing) -> int:
+    write_tar(plan.rows(tar), tar.unit, writing)
+    return tar.num_rows
 
 
-def _refuse_strangers(out: Path, units: set[str], overwrite: bool) -> None:
-    """Tars of another plan would stay beside the new ones; with ``overwrite`` they go."""
-    strangers = [unit for unit in ledger.finished_units(out) if unit not in units]
-    if strangers and not overwrite:
-        raise ResumeRefused(
-            f"{out} has {len(strangers)} finished shards that these inputs do not make ({', '.join(strangers[:3])}). "
-            "Use --overwrite to replace them, or --out with a new folder to keep both."
-        )
-    for unit in strangers:
-        sidecar = ledger.read_sidecar(out, unit)
+def _remove(out: Path, units: list[str]) -> None:
+    """Removes finished tars, the sidecars first."""
+    for unit in units:
+        sidecar = ledger.read_sidecar(out, unit, check_files=False)
         assert sidecar is not None
-        ledger.sidecar_path(out, unit).unlink()
+        ledger.forget_unit(out, unit)
         for name in sidecar.files:
-            (out / name).unlink()
+            (out / name).unlink(missing_ok=True)
 
 
-def _todo(writing: Writing, planned: list[Tar], job: Job, overwrite: bool, report: Report) -> list[Tar]:
-    """The tars of this slice that are missing and that ``limit`` lets through whole."""
-    mine = set(executor.slice_of([tar.unit for tar in planned], job.slice))
-    todo, rows = [], 0
-    for tar in planned:
-        done = _is_done(writing, tar.unit, overwrite)
-        if tar.unit not in mine:
-            continue
-        rows += tar.num_rows
-        if done:
-            report.skipped += 1
-        elif job.limit is None or rows <= job.limit:
-            todo.append(tar)
-    return todo
+def _remove_scratch(scratch: Path, out: Path) -> None:
+    shutil.rmtree(scratch)
+    for folder in (scratch.parent, out):
+        if not any(folder.iterdir()):  # else other slices plan there, or tars are finished
+            folder.rmdir()
 
 
-def _write_tars(writing: Writing, todo: list[Tar], job: Job, report: Report) -> None:
-    from tqdm import tqdm
-
-    work = functools.partial(write_tar, writing=writing)
-    num_processes = 0 if job.processes <= 1 else min(job.processes, len(todo))
-    rows = sum(tar.num_rows for tar in todo)
-    with tqdm(total=rows, unit="sample", desc="shard", disable=job.quiet or None) as progress:
-        for num_rows in executor.map_units(work, todo, num_processes=num_processes, preload=PRELOAD):
-            progress.update(num_rows)
-            report.made += 1
-
-
-def _index(writing: Writing, planned: list[Tar], dropped: int) -> dict[str, Any]:
-    splits: dict[str, dict[str, Any]] = {name: {"num_samples": 0, "shards": []} for name in SPLITS}
-    digests, counts = [], Counter[str]()
-    for tar in planned:
-        sidecar = ledger.read_sidecar(writing.out, tar.unit)
-        assert sidecar is not None
-        about = sidecar.files[f"{tar.unit}.tar"]
-        entry = splits[tar.unit.partition("-")[0]]
-        entry["num_samples"] += tar.num_rows
-        entry["shards"].append({"file": f"{tar.unit}.tar", "num_samples": tar.num_rows, **about})
-        digests.append(about["sha256"])
-        counts.update(sidecar.counts)
-    config = writing.config
-    return {
-        "schema_version": schema.SCHEMA_VERSION,
-        "splits": splits,
-        "columns": list(config.columns),
-        "mix": {"web_ratio": config.web_ratio, "seed": config.seed, "counts": dict(counts)},
-        "dropped": dropped,
-        "digest": ledger.digest_json(digests),
-    }
-
-
-# --- one tar ----------------------------------------------------------------------------------------------------------
-
-
-def write_tar(tar: Tar, writing: Writing) -> int:
-    """Writes and commits one tar with its offset index. Returns its number of samples."""
+def _heldout_images(out: Path, made: list[Generation]) -> frozenset[str]:
+    """Hashes of the images that earlier generations hold out."""
     import polars as pl
 
-    out, unit = writing.out, tar.unit
-    plan = pl.scan_parquet(writing.plan, glob=False).slice(tar.first_row, tar.num_rows).collect()
-    counts: Counter[str] = Counter()
-    index = []
-    with ledger.readable_disk_errors(out), ledger.part(out / f"{unit}.tar").open("wb") as file:
-        writer = tars.TarWriter(file)
-        for row in plan.iter_rows(named=True):
-            image = _image(writing.pairs, row)
-            text, about, outcome = sample_texts(writing.config, row)
-            counts[outcome] += 1
-            entry: dict[str, Any] = {name: row[name] for name in ("key", "sha256", "image_ext")}
-            for member, ext, data in (
-                ("image", row["image_ext"], image),
-                ("txt", "txt", text),
-                ("json", "json", about),
-            ):
-                entry[f"{member}_offset"] = writer.add(f"{row['key']}.{ext}", data)
-                entry[f"{member}_bytes"] = len(data)
-            index.append(entry)
-        writer.close()
-    _write_index(out / f"{unit}.index.parquet", index)
-    files, config = [f"{unit}.tar", f"{unit}.index.parquet"], writing.config.model_dump(mode="json")
-    ledger.commit(out, unit, files, inputs=writing.inputs, config=config, counts=counts)
-    return len(index)
+    files = [out / f"{tar}.index.parquet" for generation in made for tar in generation.tars if tar.startswith(HELDOUT)]
+    if not files:
+        return frozenset()
+    return frozenset(pl.scan_parquet(files, glob=False).select("sha256").collect()["sha256"])
 
 
-def _image(pairs: Path, row: dict[str, Any]) -> bytes:
-    tar = pairs / f"{row['unit']}.tar"
-    with tars.open_tar(tar) as file:
-        data = tars.read_at(file, tar, row["place.offset"], row["place.bytes"])
-    return joined.check_image(data, tar, row["key"], row["sha256"])
-
-
-def _write_index(path: Path, rows: list[dict[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    fields = [(name, pa.string()) for name in ("key", "sha256", "image_ext")]
-    fields += [(name, pa.int64()) for name in _INDEX_COLUMNS]
-    with ledger.readable_disk_errors(path):
-        pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), ledger.part(path))
-
-
-def sample_texts(config: ShardConfig, row: dict[str, Any]) -> tuple[bytes, bytes, str]:
-    """The ``.txt`` and ``.json`` members of a planned sample, and the outcome of the mix to count."""
-    columns = {column: row[f"text.{column}"] for column in config.columns}
-    chosen, outcome = mix(config, row["key"], columns)
-    about = {
-        "key": row["key"],
-        "sha256": row["sha256"],
-        **columns,
-        "sub_captions": {
-            column: split(text, config.split) if text else []
-            for column, text in columns.items()
-            if column != joined.WEB
-        },
-        "scores": {
-            name.removeprefix("score."): round(value, 6)
-            for name, value in row.items()
-            if name.startswith("score.") and value is not None
-        },
-        "extra": json.loads(row["extra"]),
-        "provenance": {
-            "pairs": row["unit"],
-            "url": _without_secrets(row["url"]),
-            "txt": chosen,
-            "codes": {column: row[f"code.{column}"] for column in config.columns if column != joined.WEB},
-        },
-    }
-    text = json.dumps(about, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return columns[chosen].encode(), text.encode(), outcome
-
-
-def mix(config: ShardConfig, key: str, columns: dict[str, str]) -> tuple[str, str]:
-    """The column that ``.txt`` holds (METHOD §5), and an outcome: the column, or which column stood in for which.
-
-    Web with probability ``web_ratio``, else the second column; any other column only where both are empty.
-    """
-    wanted = joined.WEB
-    if len(config.columns) > 1 and draws.uniform(config.seed, "mix", 0, key) >= config.web_ratio:
-        wanted = config.columns[1]
-    if columns[wanted]:
-        return wanted, wanted
-    chosen = next(column for column in config.columns if columns[column])
-    return chosen, f"{chosen}_for_missing_{wanted}"
-
-
-def _without_secrets(url: str | None) -> str | None:
-    """The URL without query, fragment and user: those may be signatures and passwords."""
-    from urllib.parse import urlsplit, urlunsplit
-
-    if url is None:
-        return None
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return None
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+def _one_line(example: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in example.items() if value not in (None, ""))

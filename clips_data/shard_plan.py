@@ -1,71 +1,272 @@
-"""The plan of ``clips shard``: which sample goes to which place of which tar, before any image is read."""
+"""The plan of ``clips shard``: which sample goes to which place of which tar, before any image is read.
+
+Rows go from the joined tables, shard by shard, through the filters into a shuffle on disk. Which side of the held-out
+split a sample is on is a draw of its image's hash, so that copies of an image never part.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from clips_data import draws, joined, schema
+from clips_data import draws, executor, joined, ledger, schema, shuffle
 from clips_data.config import ShardConfig
 from clips_data.errors import UserError
+from clips_data.filters import Filters
 
 if TYPE_CHECKING:
     import polars as pl
 
-SPLITS: Final = ("train", "heldout")
+TRAIN, HELDOUT = SPLITS = ("train", "heldout")
+PRELOAD: Final = ("polars", "pyarrow.parquet", "clips_data.shard_plan")
+_OVERHEAD_BYTES: Final = 3072
+"""About what a sample takes in a tar beside its image and texts: three headers, padding, the rest of its json."""
+_HELDOUT_DRAW: Final = "heldout_draw"
 
 
 @dataclass(frozen=True)
 class Tar:
-    """One tar to write: rows ``first_row`` … of the plan."""
+    """One tar to write: rows ``first_row`` … of its split."""
 
     unit: str
+    split: str
     first_row: int
     num_rows: int
 
 
-def draw_plan(config: ShardConfig, given: joined.Inputs, plan: Path) -> tuple[list[Tar], int]:
-    """Writes the plan, one row a sample in the order of the tars, and returns the tars and the samples dropped.
+@dataclass(frozen=True)
+class HeldOut:
+    """Which images are held out: those whose draw is below ``ratio``, lowest first, up to ``most`` samples (0: all).
 
-    A sample is dropped when no column has a caption for it.
+    ``known`` are those of earlier generations of a data set that was grown. Under a limit only their copies join them.
     """
+
+    seed: int
+    ratio: float
+    most: int
+    known: frozenset[str] | None = None
+
+    def draw(self, sha256: str) -> float | None:
+        """The image's draw, or ``None`` where it is trained on."""
+        if self.known is not None:
+            return 0.0 if sha256 in self.known else None
+        drawn = draws.uniform(self.seed, "heldout", 0, sha256)
+        return drawn if drawn < self.ratio else None
+
+
+@dataclass
+class Plan:
+    """The tars of a generation and the rows that they are made of, on disk until the plan's folder is removed."""
+
+    tars: list[Tar]
+    order: dict[str, shuffle.Sorted]
+    num_rows: int
+    dropped: int
+    removed: dict[str, int]
+    """What each filter removed, in their order."""
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def rows(self, tar: Tar) -> pl.DataFrame:
+        return self.order[tar.split].rows(tar.first_row, tar.num_rows)
+
+
+@dataclass(frozen=True)
+class _Planning:
+    """What every task of the first pass needs to know. Goes to worker processes."""
+
+    config: ShardConfig
+    given: joined.Inputs
+    filters: Filters
+    held_out: HeldOut
+    spools: Mapping[str, shuffle.Spool]
+
+
+@dataclass
+class _Spooled:
+    num_rows: int = 0
+    dropped: int = 0
+    num_heldout: int = 0
+    removed: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+def draw_plan(
+    config: ShardConfig,
+    given: joined.Inputs,
+    folder: Path,
+    *,
+    known_heldout: frozenset[str] | None = None,
+    first_tar: Mapping[str, int] | None = None,
+    num_processes: int = 0,
+) -> Plan:
+    """Draws the plan; its rows lie in ``folder``.
+
+    A sample is dropped when a filter removes it or no column has a caption for it. ``first_tar`` is the number of the
+    first tar of each split. Raises ``UserError`` when nothing is left.
+    """
+    filters = Filters.prepare(config, given, given.units, num_processes=num_processes)
+    num_rows = {unit: _num_rows(given.pairs, unit) for unit in given.units}
+    total = sum(num_rows.values())
+    held_out = HeldOut(config.seed, config.heldout_ratio, config.heldout_max, known_heldout)
+    spools = {
+        TRAIN: shuffle.Spool(folder / "spool-train", shuffle.num_buckets(total)),
+        HELDOUT: shuffle.Spool(folder / "spool-heldout", shuffle.num_buckets(_most_heldout(held_out, total))),
+        _CANDIDATES: shuffle.Spool(
+            folder / "spool-candidates", shuffle.num_buckets(round(held_out.ratio * total)) if held_out.most else 1
+        ),
+    }
+    planning = _Planning(config, given, filters, held_out, spools)
+    found = _Spooled()
+    work = functools.partial(_spool, planning=planning)
+    tasks = list(_tasks(num_rows))
+    for spooled in executor.map_units(work, tasks, num_processes=num_processes, preload=PRELOAD):
+        _add(found, spooled)
+    if _limited(held_out):
+        _choose_candidates(planning)
+    if found.num_rows == found.dropped + sum(found.removed.values()):
+        raise UserError(_nothing_left(found, given))
+    order = {split: _sort(spools[split], folder / split, num_processes) for split in SPLITS}
+    tars = [tar for split in SPLITS for tar in _cut(config, split, order[split], (first_tar or {}).get(split, 0))]
+    removed = {name: found.removed[name] for name in filters.names}
+    return Plan(tars, order, found.num_rows, found.dropped, removed, _lowest(found.examples, config))
+
+
+_CANDIDATES: Final = "candidates"
+
+
+def _num_rows(pairs: Path, unit: str) -> int:
+    sidecar = ledger.read_sidecar(pairs, unit)
+    assert sidecar is not None
+    return sum(sidecar.counts.values())
+
+
+def _most_heldout(held_out: HeldOut, num_rows: int) -> int:
+    drawn = round(held_out.ratio * num_rows)
+    return min(drawn, held_out.most) if held_out.most else drawn
+
+
+def _limited(held_out: HeldOut) -> bool:
+    return held_out.most > 0 and held_out.known is None and held_out.ratio > 0
+
+
+def _tasks(num_rows: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
+    """Neighbouring shards, together as many rows as are spooled at a time."""
+    least = shuffle.rows_of_task(sum(num_rows.values()))
+    units: list[str] = []
+    rows = 0
+    for unit, number in num_rows.items():
+        units.append(unit)
+        rows += number
+        if rows >= least:
+            yield tuple(units)
+            units, rows = [], 0
+    if units:
+        yield tuple(units)
+
+
+def _spool(units: tuple[str, ...], planning: _Planning) -> _Spooled:
+    """Filters the rows of some shards and spools them by their draws."""
     import polars as pl
 
-    known, files = [], []
-    for unit in given.units:
-        rows = _plan_rows(config, given, unit)
-        files.append(plan.with_name(f"{unit}.rows.parquet"))
-        rows.write_parquet(files[-1])
-        known.append(rows.select("key", "sha256", "has_caption"))
-    samples = pl.concat(known)
-    twice = samples.filter(samples["key"].is_duplicated())
-    if len(twice):
-        raise UserError(f"Key {twice['key'][0]} is in more than one shard of {given.pairs}. Make the later one again.")
-    usable = samples.filter("has_caption")
-    if usable.is_empty():
-        raise UserError(
-            f"None of the {len(samples)} pairs in {given.pairs} has a caption, so there is nothing to shard."
-        )
-    places, tars = _places(config, usable["key"].to_list(), usable["sha256"].to_list())
-    rows_of_all = pl.scan_parquet(files, glob=False)
-    rows_of_all.join(places.lazy(), on="key").sort("place").sink_parquet(plan, row_group_size=config.shard_rows)
-    return tars, len(samples) - len(usable)
+    found, tables = _Spooled(), []
+    for unit in units:
+        table = planning.given.table(unit)
+        kept = planning.filters.apply(unit, table)
+        rows = _plan_rows(planning.config, kept.table, unit)
+        usable = rows.filter("has_caption").drop("has_caption")
+        found.num_rows += len(table)
+        found.dropped += len(rows) - len(usable)
+        found.removed.update(kept.removed)
+        for name, examples in kept.examples.items():
+            found.examples.setdefault(name, []).extend(examples)
+        tables.append(usable)
+    rows = pl.concat(tables)
+    seed = planning.config.seed
+    rows = rows.with_columns(
+        pl.Series(shuffle.DRAW, [draws.uniform(seed, "shuffle", 0, key) for key in rows["key"]], pl.Float64),
+        pl.Series(_HELDOUT_DRAW, [planning.held_out.draw(sha256) for sha256 in rows["sha256"]], pl.Float64),
+    )
+    _write(rows, units[0], planning)
+    return found
 
 
-def _plan_rows(config: ShardConfig, given: joined.Inputs, unit: str) -> pl.DataFrame:
+def _write(rows: pl.DataFrame, name: str, planning: _Planning) -> None:
+    """To the spool of each split; under a limit, the candidates are put in the order of their own draws first."""
+    import polars as pl
+
+    out = pl.col(_HELDOUT_DRAW).is_not_null()
+    planning.spools[TRAIN].write(rows.filter(~out).drop(_HELDOUT_DRAW), name)
+    if not _limited(planning.held_out):
+        planning.spools[HELDOUT].write(rows.filter(out).drop(_HELDOUT_DRAW), name)
+        return
+    candidates = rows.filter(out).rename({shuffle.DRAW: "place_draw", _HELDOUT_DRAW: shuffle.DRAW})
+    planning.spools[_CANDIDATES].write(candidates, name, upto=planning.held_out.ratio)
+
+
+def _choose_candidates(planning: _Planning) -> None:
+    """Holds out images from the lowest draw on until the next one's samples do not fit; the others are trained on."""
+    import polars as pl
+
+    spool, left, full = planning.spools[_CANDIDATES], planning.held_out.most, False
+    for bucket in range(spool.num_buckets):
+        rows = spool.read(bucket)
+        if rows is None:
+            return
+        chosen: list[str] = []
+        for sha256, number in rows.group_by("sha256", maintain_order=True).len().iter_rows():
+            full = full or number > left
+            if full:
+                break
+            chosen.append(sha256)
+            left -= number
+        rows = rows.drop(shuffle.DRAW).rename({"place_draw": shuffle.DRAW})
+        out = pl.col("sha256").is_in(chosen)
+        planning.spools[HELDOUT].write(rows.filter(out), f"candidates-{bucket:05d}")
+        planning.spools[TRAIN].write(rows.filter(~out), f"candidates-{bucket:05d}")
+
+
+def _sort(spool: shuffle.Spool, folder: Path, num_processes: int) -> shuffle.Sorted:
+    work = functools.partial(_sort_bucket, spool=spool, folder=folder)
+    lengths = dict(executor.map_units(work, range(spool.num_buckets), num_processes=num_processes, preload=PRELOAD))
+    ends, total = [], 0
+    for bucket in range(spool.num_buckets):
+        total += lengths[bucket]
+        ends.append(total)
+    return shuffle.Sorted(folder, tuple(ends))
+
+
+def _sort_bucket(bucket: int, spool: shuffle.Spool, folder: Path) -> tuple[int, int]:
+    return bucket, shuffle.sort_bucket(spool, bucket, folder)
+
+
+def _cut(config: ShardConfig, split: str, order: shuffle.Sorted, first_tar: int) -> Iterator[Tar]:
+    first = 0
+    if config.shard_bytes:
+        sizes = (column.to_list() for column in order.column("sample_bytes"))
+        lengths: Sequence[int] = shuffle.cut(sizes, config.shard_rows, config.shard_bytes)
+    else:
+        whole, rest = divmod(order.num_rows, config.shard_rows)
+        lengths = [config.shard_rows] * whole + [rest] * bool(rest)
+    for number, num_rows in enumerate(lengths, first_tar):
+        yield Tar(f"{split}-{schema.shard_name(number)}", split, first, num_rows)
+        first += num_rows
+
+
+def _plan_rows(config: ShardConfig, table: pl.DataFrame, unit: str) -> pl.DataFrame:
     """What one tar's writer has to know of each sample, nested values as JSON text."""
     import polars as pl
 
-    table = given.table(unit)
     texts = [f"text.{column}" for column in config.columns]
     # Without extra columns there is nothing to iterate over, so the empty object is written for each row.
     extras = [_extra(row) for row in table.select(joined.extra_columns(table)).iter_rows(named=True)]
-    scores = [name for name in table.columns if name.startswith("score.")]
+    scores = [name for name in table.columns if name.startswith("score.") and _is_number(table.schema[name])]
+    sizes = [pl.col(name).str.len_bytes() for name in texts]
     return table.select(
         "key",
         "sha256",
@@ -79,7 +280,14 @@ def _plan_rows(config: ShardConfig, given: joined.Inputs, unit: str) -> pl.DataF
         *[f"code.{column}" for column in config.columns],
         *[pl.col(name).cast(pl.Float64).fill_nan(None) for name in scores],
         pl.any_horizontal(pl.col(texts) != "").alias("has_caption"),
+        (pl.col("place.bytes") + 2 * pl.sum_horizontal(sizes).cast(pl.Int64) + _OVERHEAD_BYTES).alias("sample_bytes"),
     )
+
+
+def _is_number(kind: Any) -> bool:
+    import polars as pl
+
+    return bool(kind.is_numeric() or kind == pl.Boolean)
 
 
 def _extra(row: dict[str, Any]) -> str:
@@ -91,37 +299,27 @@ def _extra(row: dict[str, Any]) -> str:
     return json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
 
 
-def _places(config: ShardConfig, keys: list[str], hashes: list[str]) -> tuple[pl.DataFrame, list[Tar]]:
-    """The row of each sample in the plan, held-out samples last, and the tars they make."""
-    import polars as pl
+def _add(found: _Spooled, more: _Spooled) -> None:
+    found.num_rows += more.num_rows
+    found.dropped += more.dropped
+    found.removed.update(more.removed)
+    for name, examples in more.examples.items():
+        found.examples.setdefault(name, []).extend(examples)
 
-    held_out = choose_heldout(config, hashes)
-    members = {
-        "train": [row for row, sha256 in enumerate(hashes) if sha256 not in held_out],
-        "heldout": [row for row, sha256 in enumerate(hashes) if sha256 in held_out],
+
+def _lowest(examples: Mapping[str, list[dict[str, Any]]], config: ShardConfig) -> dict[str, list[dict[str, Any]]]:
+    """Of the examples of all shards those that are drawn first, so that they do not depend on the sharding."""
+    return {
+        name: sorted(rows, key=lambda row: draws.uniform(config.seed, "explain", 0, row["key"]))[: config.explain]
+        for name, rows in examples.items()
     }
-    order: list[int] = []
-    tars = []
-    for name in SPLITS:
-        rows = members[name]
-        for number, first in enumerate(range(0, len(rows), config.shard_rows)):
-            num_rows = min(config.shard_rows, len(rows) - first)
-            tars.append(Tar(f"{name}-{schema.shard_name(number)}", len(order) + first, num_rows))
-        order += [rows[i] for i in draws.permutation(len(rows), config.seed, "shuffle", 0, name)]
-    return pl.DataFrame({"key": [keys[row] for row in order], "place": range(len(order))}), tars
 
 
-def choose_heldout(config: ShardConfig, hashes: Iterable[str]) -> set[str]:
-    """The image hashes to hold out: a share of all, drawn by hash, so that copies of an image never part.
-
-    With ``heldout_max`` the lowest draws are taken as long as their samples fit.
-    """
-    num_samples = Counter(hashes)
-    drawn = {sha256: draws.uniform(config.seed, "heldout", 0, sha256) for sha256 in num_samples}
-    chosen: set[str] = set()
-    taken = 0
-    for sha256 in sorted((s for s in drawn if drawn[s] < config.heldout_ratio), key=lambda s: (drawn[s], s)):
-        if config.heldout_max == 0 or taken + num_samples[sha256] <= config.heldout_max:
-            chosen.add(sha256)
-            taken += num_samples[sha256]
-    return chosen
+def _nothing_left(found: _Spooled, given: joined.Inputs) -> str:
+    if found.num_rows == found.dropped:
+        return f"None of the {found.num_rows} pairs in {given.pairs} has a caption, so there is nothing to shard."
+    removed = "; ".join(f"{name}: {number}" for name, number in found.removed.items() if number)
+    return (
+        f"Of the {found.num_rows} pairs in {given.pairs} none is left (removed by {removed}; without a caption: "
+        f"{found.dropped}). Loosen the filters; --explain 10 shows samples that each of them removed."
+    )

@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from clips_data import caption_cost, joined, ledger, measure, pair_stats, schema
+from clips_data import caption_cost, ledger, measure, pair_stats, schema
 from clips_data.errors import UserError
+from clips_data.mixing import Mix
 
 if TYPE_CHECKING:
     import polars as pl
@@ -173,16 +174,17 @@ def _shards(folder: Path) -> dict[str, Any]:
                         pieces.setdefault(column, []).append(len(spans))
     mixed = Counter(index["mix"]["counts"])
     return {
-        "attempted": num_samples + index["dropped"],
+        "attempted": num_samples + index["dropped"],  # filters removed others before that
         "succeeded": num_samples,
         "failures": {"no_caption": index["dropped"]} if index["dropped"] else {},
         "splits": {name: split["num_samples"] for name, split in index["splits"].items()},
         "tars": {name: len(split["shards"]) for name, split in index["splits"].items()},
         "fallbacks": {name: number for name, number in measure.by_number(mixed).items() if "_for_missing_" in name},
         "txt": measure.by_number(txt),
-        "web_ratio": {
-            "wanted": index["mix"]["web_ratio"],
-            "realised": round(txt[joined.WEB] / num_samples, 6) if num_samples else None,
+        "mix": {
+            "rules": " | ".join(Mix.from_json(index["mix"], index["columns"]).to_json()["rules"]),
+            "realised": {column: round(number / num_samples, 6) for column, number in measure.by_number(txt).items()},
         },
+        "removed": dict(sum((Counter(g["removed"]) for g in index.get("generations", [])), Counter())),
         "sub_captions": {column: spread(numbers) for column, numbers in sorted(pieces.items())},
     }

@@ -151,11 +151,14 @@ class _Index:
 
 
 class Join:
-    """One pass over a table for some shards of pairs: first ``read``, then ``captions`` of each shard."""
+    """One pass over a table for some shards of pairs: first ``read``, then ``captions`` of each shard.
+
+    A bucket holds neighbouring shards and the last one stays in memory, so ask for shards in their order.
+    """
 
     def __init__(self, pairs: Path, units: Sequence[str], by: str, scratch: Path) -> None:
         self.pairs, self.units, self.by, self.scratch = pairs, list(units), by, scratch
-        self.num_buckets = min(_MAX_BUCKETS, len(self.units))
+        self.units_of_a_bucket = -(-len(self.units) // _MAX_BUCKETS)
         self._bucket: tuple[int, pl.DataFrame] | None = None
         self._index = self._build_index()
 
@@ -173,10 +176,10 @@ class Join:
                 rows, units, first = self._index.places(keyed["key"].hash().to_numpy())
                 num_used += int(np.count_nonzero(first))
                 wanted = keyed[rows].with_columns(pl.Series("unit", units), pl.Series("first", first))
-                for bucket in np.unique(units % self.num_buckets).tolist():
-                    part = wanted.filter(pl.col("unit") % self.num_buckets == bucket)
+                for bucket in np.unique(units // self.units_of_a_bucket).tolist():
+                    part = wanted.filter(pl.col("unit") // self.units_of_a_bucket == bucket)
                     self._write(stack, writers, bucket, part)
-        repeated = sum(self._num_repeated(bucket) for bucket in range(self.num_buckets))
+        repeated = sum(self._num_repeated(bucket) for bucket in sorted(writers))
         return {"table_rows": num_rows, "table_rows_unused": num_rows - num_used, "table_rows_repeated": repeated}
 
     def captions(self, unit: str) -> tuple[pl.DataFrame, list[str], list[int]]:
@@ -185,7 +188,7 @@ class Join:
 
         images, keys = self._keys(unit)
         number = self.units.index(unit)
-        found = self._read(number % self.num_buckets).filter(pl.col("unit") == number)
+        found = self._read(number // self.units_of_a_bucket).filter(pl.col("unit") == number)
         wanted = pl.DataFrame({"key": keys}).join(
             found.unique("key", keep="first", maintain_order=True), on="key", how="left", maintain_order="left"
         )
@@ -222,6 +225,7 @@ class Join:
             hashes.append(keys.hash().to_numpy())
             numbers.append(np.full(len(keys), number, np.uint32))
         together = np.concatenate(hashes)
+        del hashes  # at a hundred million pairs each copy counts
         order = np.argsort(together, kind="stable")
         return _Index(together[order], np.concatenate(numbers)[order])
 

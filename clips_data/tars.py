@@ -8,6 +8,7 @@ member's data in the file, so that any reader can fetch one member with one seek
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,17 @@ _KINDS = {
 # Extended headers that only describe the file; any other could rename, resize or link the member that follows.
 _HARMLESS_PAX = frozenset({"mtime", "atime", "ctime", "uid", "gid", "uname", "gname"})
 _MAX_PAX_BYTES = 1 << 16
+
+_MEMBER_NAME = re.compile(r"[!-\-0-\[\]-~]+\.[!-\-0-\[\]-~]+")  # not the dot, not the slashes
+MAX_MEMBER_BYTES = 8**11 - 1
+"""Eleven octal digits."""
+_WRITE_BYTES = 1 << 20
+_ZEROS = bytes(BLOCK_BYTES)
+# The parts of a header that are the same for every member, and the sum of their bytes, with blanks for the checksum.
+_MODE_AND_OWNER = b"0000644\0" + b"0000000\0" * 2
+_TIME = b"00000000000\0"
+_TYPE_AND_REST = (b"0" + bytes(100) + b"ustar\x0000").ljust(BLOCK_BYTES - 156, b"\0")
+_CONSTANT_SUM = sum(_MODE_AND_OWNER) + sum(_TIME) + sum(_TYPE_AND_REST) + 8 * ord(" ")
 
 
 @dataclass(frozen=True)
@@ -60,35 +72,55 @@ class Sample:
 
 
 class TarWriter:
-    """Writes a USTAR archive whose bytes depend on names and data only: no clock, no user, one mode."""
+    """Writes a USTAR archive whose bytes depend on names and data only: no clock, no user, one mode.
+
+    Bytes reach ``file`` in large pieces, the last of them in ``close``.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._position = 0
+        self._waiting: list[bytes] = []
+        self._written = 0
 
     def add(self, name: str, data: bytes) -> int:
-        """Appends a member and returns the offset of its data."""
-        assert 0 < len(name) <= MAX_NAME_CHARS and name.count(".") == 1 and "/" not in name, name
-        info = tarfile.TarInfo(name)
-        info.size, info.mode, info.mtime = len(data), 0o644, 0
-        header = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
-        offset = self._position + len(header)
-        self._write(header)
-        self._write(data)
-        self._pad(BLOCK_BYTES)
+        """Appends a member and returns the offset of its data. Raises as ``header`` does."""
+        size_bytes = len(data)
+        offset = self._position + BLOCK_BYTES
+        self._position = offset + size_bytes + -size_bytes % BLOCK_BYTES
+        self._waiting += (header(name, size_bytes), data, _ZEROS[: -size_bytes % BLOCK_BYTES])
+        if self._position - self._written >= _WRITE_BYTES:
+            self._write()
         return offset
 
     def close(self) -> None:
         """Writes the end of the archive. The file stays open: it is its opener's to flush and close."""
-        self._write(bytes(2 * BLOCK_BYTES))
-        self._pad(tarfile.RECORDSIZE)
+        end = self._position + 2 * BLOCK_BYTES
+        self._waiting.append(bytes(end + -end % tarfile.RECORDSIZE - self._position))
+        self._write()
 
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._position += len(data)
+    def _write(self) -> None:
+        self._file.write(b"".join(self._waiting))
+        self._waiting.clear()
+        self._written = self._position
 
-    def _pad(self, multiple: int) -> None:
-        self._write(bytes(-self._position % multiple))
+
+def header(name: str, size_bytes: int) -> bytes:
+    """The block before a member's data, byte for byte what ``tarfile`` makes for mode 0644 and no owner or time.
+
+    Raises ``UserError`` for a member that USTAR or webdataset cannot hold: a name that is not ``KEY.EXTENSION`` in at
+    most 100 visible ASCII characters, or 8 GiB and more.
+    """
+    if len(name) > MAX_NAME_CHARS or not _MEMBER_NAME.fullmatch(name):
+        raise UserError(
+            f"{name!r} cannot be the name of a member: it has to be KEY.EXTENSION, at most {MAX_NAME_CHARS} visible "
+            "ASCII characters, with one dot and no slashes. Change the key."
+        )
+    if size_bytes > MAX_MEMBER_BYTES:
+        raise UserError(f"{name} has {size_bytes} bytes and a tar's member at most {MAX_MEMBER_BYTES}. Leave it out.")
+    raw_name, size = name.encode("ascii"), b"%011o\0" % size_bytes
+    checksum = b"%06o\0 " % (_CONSTANT_SUM + sum(raw_name) + sum(size))
+    return b"".join((raw_name.ljust(MAX_NAME_CHARS, b"\0"), _MODE_AND_OWNER, size, _TIME, checksum, _TYPE_AND_REST))
 
 
 def read_members(path: Path, *, extensions: Iterable[str] | None = EXTENSIONS) -> Iterator[Member]:
@@ -125,8 +157,7 @@ def read_samples(path: Path, *, extensions: Iterable[str] = EXTENSIONS) -> Itera
 
 def read_at(file: BinaryIO, path: Path, offset: int, size_bytes: int) -> bytes:
     """``size_bytes`` bytes from ``offset``; ``path`` is for the ``UserError`` of a file that ends before."""
-    file.seek(offset)
-    data = file.read(size_bytes)
+    data = os.pread(file.fileno(), size_bytes, offset)
     if len(data) != size_bytes:
         _refuse(path, offset, f"{size_bytes} bytes are expected and the file ends after {len(data)}")
     return data

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from clips_data import draws, duplicates, joined, ledger, measure, schema, tars
+from clips_data import duplicates, joined, ledger, measure, schema, shard_index, tars
 from clips_data.config import ShardConfig
 from clips_data.errors import UserError
 from clips_data.forget_plan import inputs_of_shards, shard_folders, tables
 from clips_data.forget_traces import seen_by, shown_in
 from clips_data.forgotten import forgotten
-from clips_data.shard import INDEX_FILE, mix
+from clips_data.mixing import Mix
+from clips_data.shard_index import INDEX_FILE
 
 Step = dict[str, Any]
 INDEX: Final = ".index.parquet"
@@ -85,7 +86,7 @@ def _sample(folder: Path, unit: str, key: str) -> Step:
         "row": place["row"],
         "image_offset": place["image_offset"],
         "sha256": place["sha256"],
-        "txt": {"text": text, **_choice(config, key, texts, about["provenance"].get("codes", {}))},
+        "txt": {"text": text, **_choice(config, key, about)},
         "texts": texts,
         "split_rule": config.split,
         "sub_captions": {
@@ -98,20 +99,20 @@ def _sample(folder: Path, unit: str, key: str) -> Step:
     }
 
 
-def _choice(config: ShardConfig, key: str, texts: dict[str, str], codes: Mapping[str, str]) -> Step:
+def _choice(config: ShardConfig, key: str, about: Mapping[str, Any]) -> Step:
     """The column that ``.txt`` holds and ``why``: the draw of the mix, and what stood in for an empty caption."""
-    draw = draws.uniform(config.seed, "mix", 0, key)
-    column, outcome = mix(config, key, texts)
+    mix = Mix.of(config.web_ratio, config.columns, config.mix, config.replace_below)
+    choice = mix.choose(seed=config.seed, epoch=0, key=key, texts=about, scores=about["scores"])
     if len(config.columns) == 1:
         why = f"{joined.WEB} is the only column"
     else:
-        sides = (f"below {config.web_ratio:g}", joined.WEB), (f"not below {config.web_ratio:g}", config.columns[1])
-        side, wanted = sides[draw >= config.web_ratio]
-        why = f"the draw {draw:.4f} is {side} (web_ratio), which asks for {wanted}"
-        if outcome != column:
-            said = f" (code {codes[wanted]})" if codes.get(wanted, "ok") != "ok" else ""
-            why += f"; that is empty{said}, so {column} stands in"
-    return {"column": column, "outcome": outcome, "draw": draw, "web_ratio": config.web_ratio, "why": why}
+        why = f"the draw {choice.draw:.4f} in {mix.rules[choice.rule].text!r} asks for {choice.wanted}"
+        if choice.column != choice.wanted:
+            code = about["provenance"].get("codes", {}).get(choice.wanted, "ok")
+            said = f" (code {code})" if code != "ok" else ""
+            why += f"; that is empty{said}, so {choice.column} stands in"
+    rule = mix.rules[choice.rule].text
+    return {"column": choice.column, "outcome": choice.outcome, "draw": choice.draw, "rule": rule, "why": why}
 
 
 def _why_absent(work: Path, folder: Path, key: str, row: Mapping[str, Any] | None, texts: Mapping[str, str]) -> str:
@@ -149,8 +150,8 @@ def _compare(step: Step, row: Mapping[str, Any] | None, texts: Mapping[str, str]
 def _changed_inputs(work: Path, folder: Path, unit: str) -> list[str]:
     """What the tar was made from and is not there any more.
 
-    Which shards of ``pairs/`` a folder was made from is not recorded, so the digests are tried for all of them and for
-    those that its keys come from.
+    Older folders do not record which shards of ``pairs/`` they were made from, so the digests are tried for all of them
+    and for those that their keys come from.
     """
     sidecar = ledger.read_sidecar(folder, unit, check_files=False)
     assert sidecar is not None
@@ -159,10 +160,10 @@ def _changed_inputs(work: Path, folder: Path, unit: str) -> list[str]:
     every = list(digests[schema.PAIRS])
     if not every:
         return []
-    now = inputs_of_shards(work, every, digests)
-    if _changed(sidecar.inputs, now):
-        used = sorted(_units_used(folder).intersection(every))
-        now = min((now, inputs_of_shards(work, used, digests)), key=lambda found: len(_changed(sidecar.inputs, found)))
+    made_from = [units for units in shard_index.generations(folder) if set(units) <= set(every)]
+    made_from = made_from or [every, sorted(_units_used(folder, every))]
+    tried = (inputs_of_shards(work, units, digests) for units in made_from)
+    now = min(tried, key=lambda found: len(_changed(sidecar.inputs, found)))
     return [
         f"{name} is not there, or not whole, any more"
         if name not in now
@@ -175,12 +176,12 @@ def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [name for name, digest in before.items() if now.get(name) != digest]
 
 
-def _units_used(folder: Path) -> set[str]:
+def _units_used(folder: Path, every: Sequence[str]) -> set[str]:
     import polars as pl
 
     files = [folder / f"{unit}{INDEX}" for unit in ledger.finished_units(folder)]
     keys = pl.scan_parquet(files, glob=False).select(pl.col("key").str.head(schema.SHARD_DIGITS).unique())
-    return set(measure.collect(folder, keys)[0]["key"])
+    return set(measure.collect(folder, keys)[0]["key"]).intersection(every)
 
 
 # --- who saw it -------------------------------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ Every field becomes an option and a manifest key, with the description as its he
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NewType
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Size = Literal["tiny", "S/16", "B/16", "L/16", "L/14", "H/14"]
+Line = NewType("Line", str)
+"""A text that may hold commas. A list of them is given one at a time, by repeating the option."""
 
 
 class StageConfig(BaseModel):
@@ -96,6 +98,12 @@ class TrainConfig(ModelConfig):
     web_column: str = Field("web", description="Caption column of the web view, which also conditions the captioner.")
     synthetic_column: str = Field(
         "synthetic", description="Caption column of the short view and of the captioning target."
+    )
+    mix: tuple[Line, ...] = Field(
+        (),
+        description="Rules that draw the web view's text from all columns, anew each epoch, in place of web_column: "
+        "weights (web=0.8,synthetic=0.2), perhaps after a condition (epoch>=10: …, score.web<0.25: …); the last whose "
+        "condition holds counts. 'shards' stands for the rules and the seed of the shards' .txt. May be repeated.",
     )
     reduce: Literal["none", "truncate", "random", "block", "sub_caption", "one_piece", "sentences"] = Field(
         "one_piece", description="How the short view is cut from the synthetic caption."

@@ -25,6 +25,7 @@ from clips_data import draws
 from clips_data.errors import ResumeRefused, UserError
 from clips_train import transforms, views
 from clips_train.config import TrainConfig
+from clips_train.mixed import Mixed
 from clips_train.shards import SampleOrder, ShardError, ShardReader, Split
 from clips_train.tokenizer import Tokenizer
 
@@ -54,7 +55,8 @@ class _Good:
     position: int
     key: str
     tensors: tuple[Tensor, ...]
-    fallbacks: tuple[str, ...]
+    counts: tuple[str, ...]
+    """What to count about it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class _Loader(Dataset[Any]):
         self._reader = ShardReader(split)
         self._order = SampleOrder(split.num_samples_by_shard, seed=config.seed, window_shards=config.window_shards)
         self._caption_of = _shuffled(split, config.seed) if config.shuffle_captions else None
+        self._mixed = Mixed.open(split, config)
         self._pictures = _PictureCache(config.cache_bytes if config.num_workers == 0 else 0)
 
     def __getitem__(self, task: _Task) -> list[_Good | _Bad]:
@@ -94,7 +97,9 @@ class _Loader(Dataset[Any]):
     def _load_good(self, epoch: int, position: int, shard: int, row: int, key: str) -> _Good:
         config = self._config
         picture = self._picture(shard, row)
-        about = self._reader.about(*(self._caption_of[shard, row] if self._caption_of else (shard, row)))
+        caption = self._caption_of[shard, row] if self._caption_of else (shard, row)
+        about = self._reader.about(*caption)
+        mixed, counts = self._mixed.text(about, epoch, self._reader.key(*caption)) if self._mixed else (None, ())
         texts = views.text_views(
             about,
             web_column=config.web_column,
@@ -105,11 +110,13 @@ class _Loader(Dataset[Any]):
             count=config.num_sentences,
             tokenizer=self._tokenizer,
             draw=views.Draw(config.seed, epoch, key),
+            mixed=mixed,
         )
+        counts += tuple(f"fallback.{name}" for name in texts.fallbacks)
         image_CHW = transforms.augment(picture, config.image_px, config.augment, seed=config.seed, epoch=epoch, key=key)
         ids_2L = self._tokenizer.from_pieces([texts.web, texts.short], config.context_length)
         labels_1Q, mask_1Q = self._tokenizer.targets([texts.target], config.target_length)
-        return _Good(position, key, (image_CHW, ids_2L[0], ids_2L[1], labels_1Q[0], mask_1Q[0]), texts.fallbacks)
+        return _Good(position, key, (image_CHW, ids_2L[0], ids_2L[1], labels_1Q[0], mask_1Q[0]), counts)
 
     def _picture(self, shard: int, row: int) -> Image.Image:
         picture = self._pictures.get((shard, row))
@@ -264,7 +271,7 @@ def _count(counts: Counter[str], item: _Good | _Bad) -> None:
     if isinstance(item, _Bad):
         counts[f"bad.{item.reason}"] += 1
     else:
-        counts.update(f"fallback.{name}" for name in item.fallbacks)
+        counts.update(item.counts)
 
 
 def _collate(samples: Sequence[_Good], state: dict[str, Any]) -> Batch:

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clips_data import draws
@@ -25,6 +26,11 @@ INDEX_FILE = "index.json"
 TRAIN, HELDOUT = "train", "heldout"
 OPEN_FILES = 256
 INDEXES_IN_MEMORY = 64
+BLOCK_BYTES = 512
+MAX_JSON_BYTES = 1 << 26
+"""No sample's texts come near this: what claims to be longer is not parsed."""
+_TEXTS = ("key", "sha256", "image_ext")
+_MEMBERS = ("image", "txt", "json")
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,10 @@ class Row:
 
 
 class ShardError(Exception):
-    """A sample's bytes are not what the index promises; ``reason`` is ``short_read | json_invalid``."""
+    """A sample's bytes are not what the index promises.
+
+    ``reason`` is ``short_read | json_invalid | json_too_large | json_of_another_sample``.
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -72,26 +81,57 @@ def open_split(folder: Path, name: str) -> Split:
         raise UserError(f"{folder} has no {INDEX_FILE}, so it holds no finished shards. Run `clips shard` first.")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}). Make the shards again with `clips shard`.") from error
-    if index.get("schema_version") != SCHEMA_VERSION:
+    version = index.get("schema_version") if isinstance(index, dict) else None
+    if version != SCHEMA_VERSION:
         raise UserError(
-            f"{path} has schema version {index.get('schema_version')}, this version of clips reads {SCHEMA_VERSION}. "
+            f"{path} has schema version {version}, this version of clips reads {SCHEMA_VERSION}. "
             "Use the clips version that wrote it, or make the shards again."
         )
-    if name not in index["splits"]:
+    if isinstance(index.get("splits"), dict) and name not in index["splits"]:
         raise UserError(f"{path} has no split {name!r}. {did_you_mean(name, index['splits'])}")
-    shards = index["splits"][name]["shards"]
+    try:
+        shards = [
+            _Shard(**{field: about[field] for field in _Shard._fields}) for about in index["splits"][name]["shards"]
+        ]
+        columns, digest = tuple(map(str, index["columns"])), str(index["digest"])
+        _check_shards(shards)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not an index that `clips shard` wrote ({type(error).__name__}: {error}). Make the shards again."
+        ) from None
     for shard in shards:
-        _check_size(folder / shard["file"], shard["bytes"], path)
+        _check_size(folder / shard.file, shard.bytes, path)
     return Split(
         folder=folder,
         name=name,
-        files=tuple(shard["file"] for shard in shards),
-        num_samples_by_shard=tuple(shard["num_samples"] for shard in shards),
-        columns=tuple(index["columns"]),
-        digest=index["digest"],
+        files=tuple(shard.file for shard in shards),
+        num_samples_by_shard=tuple(shard.num_samples for shard in shards),
+        columns=columns,
+        digest=digest,
     )
+
+
+class _Shard(NamedTuple):
+    """What ``index.json`` says of a tar."""
+
+    file: str
+    num_samples: int
+    bytes: int
+
+
+def _check_shards(shards: Sequence[_Shard]) -> None:
+    """Raises ``ValueError`` for a tar outside the folder, one that is named twice, and sizes that are none."""
+    for shard in shards:
+        if not isinstance(shard.file, str) or Path(shard.file).name != shard.file or not shard.file.endswith(".tar"):
+            raise ValueError(f"{shard.file!r} is no tar of this folder")
+        for field in ("num_samples", "bytes"):
+            number = getattr(shard, field)
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{shard.file} has {field} {number!r}")
+    if len({shard.file for shard in shards}) < len(shards):
+        raise ValueError("a tar is named twice")
 
 
 def _check_size(tar: Path, size_bytes: int, index: Path) -> None:
@@ -128,11 +168,13 @@ class ShardReader:
         path = tar.with_name(tar.name.removesuffix(".tar") + ".index.parquet")
         if not path.exists():
             raise UserError(f"{path} is missing, without it {tar.name} cannot be read. Run `clips shard` again.")
-        table: dict[str, list[Any]] = pq.read_table(path).to_pydict()
-        promised, found = self.split.num_samples_by_shard[shard], len(table["key"])
+        table = _read_table(path)
+        promised, found = self.split.num_samples_by_shard[shard], table.num_rows
         if found != promised:
             raise UserError(f"{path} lists {found} samples, {INDEX_FILE} promises {promised}. Run `clips shard` again.")
-        return table
+        _check_places(table, path, tar)
+        rows: dict[str, list[Any]] = table.to_pydict()
+        return rows
 
     def key(self, shard: int, row: int) -> str:
         return str(self._index(shard)["key"][row])
@@ -140,13 +182,11 @@ class ShardReader:
     def about(self, shard: int, row: int) -> dict[str, Any]:
         """The sample's ``.json`` member. Raises ``ShardError``."""
         index = self._index(shard)
-        data = self._file(shard).read(index["json_offset"][row], index["json_bytes"][row])
-        try:
-            about = json.loads(data)
-        except ValueError as error:
-            raise ShardError("json_invalid") from error
-        if not isinstance(about, dict):
-            raise ShardError("json_invalid")
+        if index["json_bytes"][row] > MAX_JSON_BYTES:
+            raise ShardError("json_too_large")
+        about = _parse(self._file(shard).read(index["json_offset"][row], index["json_bytes"][row]))
+        if about.get("key", index["key"][row]) != index["key"][row]:
+            raise ShardError("json_of_another_sample")
         return about
 
     def image(self, shard: int, row: int) -> bytes:
@@ -157,6 +197,65 @@ class ShardReader:
     def row(self, shard: int, row: int) -> Row:
         """One whole sample. Raises ``ShardError``."""
         return Row(self.key(shard, row), self.image(shard, row), self.about(shard, row))
+
+
+def _read_table(path: Path) -> pa.Table:
+    """An offset index. Raises ``UserError`` for one that is damaged or lacks a column."""
+    wanted = dict.fromkeys(_TEXTS, "string")
+    wanted |= {f"{member}_{what}": "int64" for member in _MEMBERS for what in ("offset", "bytes")}
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+            table.validate(full=True)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read ({reason}). Restore it or run `clips shard` again.") from None
+    for name, kind in wanted.items():
+        found = str(table.schema.field(name).type) if name in table.column_names else "absent"
+        if found.removeprefix("large_") != kind:
+            raise UserError(f"{path} has column {name!r} as {found} instead of {kind}. Run `clips shard` again.")
+        if table[name].null_count:
+            row = table[name].is_null().index(True).as_py()
+            raise UserError(f"{path} row {row} has no {name}. Restore it or run `clips shard` again.")
+    return table.select(list(wanted))
+
+
+def _check_places(table: pa.Table, path: Path, tar: Path) -> None:
+    """Refuses rows that point outside the tar, or at what cannot be the begin of a member's data."""
+    tar_bytes = tar.stat().st_size
+    for member in _MEMBERS:
+        offset, size = (table[f"{member}_{what}"].to_numpy() for what in ("offset", "bytes"))
+        wrong = (offset < BLOCK_BYTES) | (offset % BLOCK_BYTES != 0) | (size < 0) | (size > tar_bytes - offset)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise UserError(
+                f"{path} row {row} (key {table['key'][row]}) has its {member} at byte {offset[row]} with {size[row]} "
+                f"bytes, where {tar.name} ({tar_bytes} bytes) has none. Restore it or run `clips shard` again."
+            )
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    """A ``.json`` member as `clips shard` writes it: one object, no name twice, no NaN, no half characters."""
+    try:
+        about = json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse)
+        if rb"\u" in data:
+            json.dumps(about, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ShardError("json_invalid") from error
+    if not isinstance(about, dict):
+        raise ShardError("json_invalid")
+    return about
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 class _TarFile:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from clips_data import ledger
 from clips_data.errors import Interrupted, UserError
 from clips_data.journal import Journal
-from clips_train import checkpoint, shards, step
+from clips_train import checkpoint, mixed, shards, step
 from clips_train.checkpoint import Progress
 from clips_train.config import TrainConfig
 from clips_train.data import Batch, SampleStream
@@ -106,6 +106,7 @@ class _Run:
         inputs, settings = {"shards": split.digest}, digested(config)
         if ledger.is_done(out, UNIT, inputs=inputs, config=settings, overwrite=overwrite):
             return None
+        mixed.Mixed.open(split, config)  # raises for rules that make no sense, before the run's folder is begun
         out.mkdir(parents=True, exist_ok=True)
         _claim(out, inputs, settings, overwrite=overwrite)
         write_config(out / CONFIG, config)
@@ -239,5 +240,5 @@ def _summary(out: Path, *, skipped: bool) -> dict[str, Any]:
     counts = last.pop("counts")
     bad = sum(number for name, number in counts.items() if name.startswith("bad."))
     keys = ("step", "samples", "epoch", "loss", "contrastive_loss", "caption_loss", "logit_scale")
-    summary = {key: last[key] for key in keys}
+    summary = {key: last[key] for key in keys} | mixed.facts(counts)
     return summary | {"bad_samples": bad, "loaded_samples": counts["loaded"], "skipped": skipped, "counts": counts}

@@ -7,6 +7,7 @@ reductions. "Tokens" are the tokenizer's pieces.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -18,7 +19,7 @@ Reduce = Literal["none", "truncate", "random", "block", "sub_caption", "one_piec
 Span = tuple[int, int]
 
 SPAN_REDUCTIONS = ("sub_caption", "one_piece", "sentences")
-ENDS_OF_SENTENCE = (".", "!", "?", "…", "。")
+END_OF_SENTENCE = re.compile(r"""[.!?…。！？｡]["'”’»)\]」』）】]*\Z""")
 
 
 class Pieces(Protocol):
@@ -70,14 +71,15 @@ def text_views(
     count: int,
     tokenizer: Pieces,
     draw: Draw,
+    mixed: str | None = None,
 ) -> TextViews:
     """The views of one sample from its ``.json`` member.
 
     As in the authors' code, a synthetic caption without a single piece is replaced by the web caption, for the short
-    text and for the target. Raises ``NoCaption`` when there is nothing to replace it with, ``UserError`` when a column
-    is not in the shards.
+    text and for the target. ``mixed`` is the text of the web view where that is not the web caption. Raises
+    ``NoCaption`` when there is nothing to replace it with, ``UserError`` when a column is not in the shards.
     """
-    web, synthetic = _column(about, web_column), _column(about, synthetic_column)
+    web, synthetic = column_text(about, web_column), column_text(about, synthetic_column)
     spans = [(start, end) for start, end in about["sub_captions"].get(synthetic_column, [])]
     if reduce in SPAN_REDUCTIONS and synthetic_column not in about["sub_captions"]:
         known = about["sub_captions"]
@@ -86,18 +88,22 @@ def text_views(
             f"{did_you_mean(synthetic_column, known)} Shard that column again, or choose reduce=truncate."
         )
     synthetic_usable = bool(spans) if synthetic_column in about["sub_captions"] else bool(synthetic.strip())
-    if not synthetic_usable and not web.strip():
+    shown = web if mixed is None else mixed
+    stand_in = web if web.strip() else shown
+    if not synthetic_usable and not stand_in.strip():
         raise NoCaption
     if not synthetic_usable:
-        ids = truncate(tokenizer.pieces(web), web_budget)
-        return TextViews(ids, truncate(ids, short_budget), web, ("synthetic_empty",))
+        ids = truncate(tokenizer.pieces(shown if shown.strip() else stand_in), web_budget)
+        short = truncate(tokenizer.pieces(stand_in), short_budget)
+        return TextViews(ids, short, stand_in, ("synthetic_empty",))
     short = reduce_text(synthetic, spans, reduce, budget=short_budget, count=count, tokenizer=tokenizer, draw=draw)
-    if not web.strip():
+    if not shown.strip():
         return TextViews(truncate(tokenizer.pieces(synthetic), web_budget), short, synthetic, ("web_empty",))
-    return TextViews(truncate(tokenizer.pieces(web), web_budget), short, synthetic, ())
+    return TextViews(truncate(tokenizer.pieces(shown), web_budget), short, synthetic, ())
 
 
-def _column(about: Mapping[str, Any], name: str) -> str:
+def column_text(about: Mapping[str, Any], name: str) -> str:
+    """Raises ``UserError`` when the sample has no such caption column."""
     text = about.get(name)
     if not isinstance(text, str):
         columns = [key for key, value in about.items() if isinstance(value, str) and key not in ("key", "sha256")]
@@ -173,7 +179,7 @@ def sentences(text: str, spans: Sequence[Span], count: int, draw: Draw) -> str:
 
 def join(pieces: Sequence[str]) -> str:
     """Pieces as running text: those that lost their full stop to the splitter get it back in between."""
-    texts = [piece if piece.endswith(ENDS_OF_SENTENCE) else piece + "." for piece in pieces[:-1]]
+    texts = [piece if END_OF_SENTENCE.search(piece) else piece + "." for piece in pieces[:-1]]
     return " ".join([*texts, *pieces[-1:]])
 
 

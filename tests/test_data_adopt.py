@@ -186,7 +186,8 @@ def test_an_adopted_folder_is_verified_through_its_links(made: Path, tmp_path: P
     content = bytearray(tar.read_bytes())
     content[600] ^= 1
     tar.write_bytes(bytes(content))
-    assert verify(tmp_path / "pairs").corrupt == {"00000.tar": "has another content than when it was finished"}
+    (said,) = verify(tmp_path / "pairs").corrupt.values()
+    assert said.startswith("has another content than when it was finished: ")
 
 
 def test_a_killed_shard_is_refused_by_name_and_the_others_are_adopted(made: Path, tmp_path: Path) -> None:

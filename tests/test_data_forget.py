@@ -107,8 +107,12 @@ def run_shard(work: Path, **options: Any) -> Any:
     return shard.run(CONFIG, Job(work=work, quiet=True, **options))
 
 
-def make_work(work: Path) -> Path:
+def make_pairs(work: Path) -> None:
     pairsmaker.write_pairs(work, num_shards=NUM_SHARDS, change=several_hosts)
+
+
+def make_work(work: Path) -> Path:
+    make_pairs(work)
     write_captions(work)
     run_score(work)
     run_shard(work)
@@ -437,6 +441,23 @@ def test_unfinished_shards_are_made_again_and_hold_every_other_sample_once(work:
     names = [name for folder, name in all_samples(work) if folder == "shards"]
     assert len(names) == 12 and not {key(number) for number in BAD} & set(names)
     assert not any(traces(work, number) for number in BAD)
+
+
+def test_a_generation_that_is_not_finished_is_made_again_and_the_finished_one_stays(tmp_path: Path) -> None:
+    work = make_work(tmp_path / "work")
+    for unit in ("00001", "00002"):
+        ledger.forget_unit(work / "pairs", unit)
+    run_shard(work, overwrite=True)
+    first = sorted(path.name for path in (work / "shards").glob("*.tar"))
+    make_pairs(work)
+    run_shard(work, limit=4)
+    assert len(list((work / "shards").glob("*.tar"))) == len(first) + 1
+    outcome = forget(work, asked_for(hosts=["bad.test"]))
+    assert "1 tars were removed: run `clips shard` again" in "\n".join(outcome.notes)
+    assert sorted(path.name for path in (work / "shards").glob("*.tar")) == first
+    run_shard(work)
+    names = [name for folder, name in all_samples(work) if folder == "shards"]
+    assert len(names) == 12 and not {key(number) for number in BAD} & set(names)
 
 
 def test_logs_and_robots_of_the_host_go_and_others_stay(work: Path) -> None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clips_data import draws, ledger, shard, tars
+from clips_data import draws, ledger, shard, shuffle, tars
 from clips_data.config import ShardConfig
 from clips_data.errors import ResumeRefused, UserError
 from clips_data.executor import Job, Report
@@ -131,18 +131,100 @@ def test_copies_of_an_image_stay_on_one_side_of_the_heldout_split(tmp_path: Path
     assert len(train | heldout) == 7
 
 
-def test_heldout_max_is_never_exceeded(tmp_path: Path) -> None:
-    hashes = [f"{n % 50:02d}" for n in range(120)]
-    config = ShardConfig(heldout_ratio=0.5, heldout_max=10)
-    chosen = shard_plan_heldout(config, hashes)
-    assert 8 <= sum(sha256 in chosen for sha256 in hashes) <= 10
-    assert chosen < shard_plan_heldout(ShardConfig(heldout_ratio=0.5), hashes)
+def copies_of_seven(number: int, row: pairsmaker.Row) -> None:
+    row["image"] = pairsmaker.image_bytes(number % 7)
 
 
-def shard_plan_heldout(config: ShardConfig, hashes: list[str]) -> set[str]:
-    from clips_data import shard_plan
+def hashes_of(work: Path, split: str) -> list[str]:
+    return [about(sample)["sha256"] for sample in samples(work, split)]
 
-    return shard_plan.choose_heldout(config, hashes)
+
+def test_heldout_max_takes_the_lowest_draws_and_is_never_exceeded(tmp_path: Path) -> None:
+    pairsmaker.write_pairs(tmp_path, num_shards=12, change=copies_of_seven)
+    pairsmaker.write_captions(tmp_path)
+    make(tmp_path, heldout_ratio=0.99, heldout_max=20)
+    heldout, train = hashes_of(tmp_path, "heldout"), hashes_of(tmp_path, "train")
+    assert len(heldout) + len(train) == 60 and not set(heldout) & set(train)
+    assert 10 <= len(heldout) <= 20
+    drawn = {sha256: draws.uniform(0, "heldout", 0, sha256) for sha256 in {*heldout, *train}}
+    assert max(drawn[sha256] for sha256 in heldout) < min(drawn[sha256] for sha256 in train)
+
+
+def test_a_large_shuffle_and_a_small_one_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, rows_at_once in (("a", 1 << 14), ("b", 7)):
+        monkeypatch.setattr(shuffle, "ROWS_AT_ONCE", rows_at_once)
+        pairsmaker.write_pairs(tmp_path / name, num_shards=12, change=copies_of_seven)
+        pairsmaker.write_captions(tmp_path / name)
+        make(tmp_path / name, heldout_ratio=0.9, heldout_max=20)
+    assert folder_bytes(tmp_path / "a" / "shards") == folder_bytes(tmp_path / "b" / "shards")
+
+
+def test_shard_bytes_ends_a_tar_before_it_is_larger(tmp_path: Path) -> None:
+    pairsmaker.write_work(tmp_path)
+    make(tmp_path, shard_rows=100, shard_bytes=20_000)
+    sizes = [path.stat().st_size for path in (tmp_path / "shards").glob("*.tar")]
+    assert len(samples(tmp_path)) == 10 and len(sizes) > 1
+    assert max(sizes) < 20_000 + 10_240  # the end of an archive fills a record
+
+
+# --- data that grow ---------------------------------------------------------------------------------------------------
+
+
+def test_new_shards_of_pairs_become_a_further_generation_and_finished_tars_stay(tmp_path: Path) -> None:
+    pairsmaker.write_pairs(tmp_path)
+    pairsmaker.write_captions(tmp_path)
+    make(tmp_path)
+    before = folder_bytes(tmp_path / "shards")
+    pairsmaker.write_pairs(tmp_path, num_shards=4)
+    pairsmaker.write_captions(tmp_path)
+    report = make(tmp_path)
+    assert (report.made, report.skipped) == (3, 3) and len({s.key for s in samples(tmp_path)}) == 20
+    assert any("generation 1" in note for note in report.notes)
+    after = folder_bytes(tmp_path / "shards")
+    assert {name: after[name] for name in before if name.startswith("train-")} == {
+        name: data for name, data in before.items() if name.startswith("train-")
+    }
+    assert make(tmp_path).made == 0
+    index = json.loads(after["index.json"])
+    assert [generation["tars"] for generation in index["generations"]] == [
+        ["train-00000", "train-00001", "train-00002"],
+        ["train-00003", "train-00004", "train-00005"],
+    ]
+
+
+def test_overwriting_a_grown_folder_shuffles_all_together(tmp_path: Path) -> None:
+    grown, whole = tmp_path / "grown", tmp_path / "whole"
+    for num_shards in (2, 4):
+        pairsmaker.write_pairs(grown, num_shards=num_shards)
+        pairsmaker.write_captions(grown)
+        make(grown)
+    make(grown, overwrite=True)
+    pairsmaker.write_pairs(whole, num_shards=4)
+    pairsmaker.write_captions(whole)
+    make(whole)
+    assert folder_bytes(grown / "shards") == folder_bytes(whole / "shards")
+
+
+def test_a_copy_of_a_held_out_image_that_comes_later_is_held_out_too(tmp_path: Path) -> None:
+    for num_shards in (6, 12):
+        pairsmaker.write_pairs(tmp_path, num_shards=num_shards, change=copies_of_seven)
+        pairsmaker.write_captions(tmp_path)
+        make(tmp_path, heldout_ratio=0.99, heldout_max=10)
+    heldout, train = hashes_of(tmp_path, "heldout"), hashes_of(tmp_path, "train")
+    assert len(heldout) + len(train) == 60 and heldout and not set(heldout) & set(train)
+
+
+def test_a_shard_of_pairs_that_is_not_named_any_more_is_refused(tmp_path: Path) -> None:
+    pairsmaker.write_work(tmp_path)
+    make(tmp_path)
+    only = (tmp_path / "pairs" / "00001.tar",)
+    with pytest.raises(ResumeRefused, match=r"not among those given now \(00000; 1 of 2\)"):
+        make(tmp_path, only=only)
+    make(tmp_path, only=only, overwrite=True)
+    assert len(samples(tmp_path)) == 5
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
 
 
 def test_seeds_shuffle(tmp_path: Path) -> None:
@@ -282,7 +364,7 @@ def test_named_scores_must_be_there_and_default_ones_are_said_to_be_absent(tmp_p
         make(work, scores="clip")
     assert "does not exist" in str(make(work).facts["scores"])
     write_scores(work)
-    with pytest.raises(ResumeRefused, match="config scores: null before, clip now"):
+    with pytest.raises(ResumeRefused, match=r'config scores: \[\] before, \["clip"\] now'):
         make(work)
     make(work, overwrite=True)
     assert about(samples(work)[0])["scores"] == {"web": 0.25}
@@ -335,9 +417,9 @@ def test_a_kill_at_any_point_ends_in_the_same_bytes(tmp_path: Path) -> None:
         "from clips_data import shard; from clips_data.config import ShardConfig; from clips_data.executor import Job\n"
         "from pathlib import Path; import sys, time\n"
         "write = shard.write_tar\n"
-        "def slow(tar, writing):\n"
+        "def slow(*given):\n"
         "    time.sleep(0.02)\n"
-        "    return write(tar, writing)\n"
+        "    return write(*given)\n"
         "shard.write_tar = slow\n"
         "shard.run(ShardConfig(shard_rows=1), Job(work=Path(sys.argv[1]), quiet=True))"
     )

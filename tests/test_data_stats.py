@@ -50,7 +50,10 @@ def test_every_stage_is_counted_with_its_denominator(work: Path) -> None:
     assert (shards["attempted"], shards["succeeded"], shards["failures"]) == (10, 9, {"no_caption": 1})
     assert sum(shards["splits"].values()) == 9 and 0 < shards["splits"]["heldout"] <= 3
     assert shards["fallbacks"] == {"synthetic_for_missing_web": 1} and shards["txt"] == {"web": 8, "synthetic": 1}
-    assert shards["web_ratio"] == {"wanted": 1.0, "realised": round(8 / 9, 6)}
+    assert shards["mix"] == {
+        "rules": "web=1.0,synthetic=0.0",
+        "realised": {"web": round(8 / 9, 6), "synthetic": round(1 / 9, 6)},
+    }
     assert shards["sub_captions"]["synthetic"] == {"num": 9, "min": 0, "mean": 2.6667, "median": 3, "p95": 3, "max": 3}
 
 
@@ -425,8 +428,10 @@ def test_corrupt_cut_and_missing_files_are_named(work: Path) -> None:
     assert verify.verify(work, gc=True).corrupt == {
         "captions/synthetic/00000.parquet": "is missing",
         "captions/synthetic/00001.done.json": "is not a sidecar that clips wrote",
-        "pairs/00000.tar": "has another content than when it was finished",
-        "pairs/00001.parquet": "has 3 bytes instead of " + str(_promised(work, "00001", "00001.parquet")),
+        "pairs/00000.tar": "has another content than when it was finished: member '000000000.jpg', whose data begin at "
+        "byte 512, is an image with another sha256 than its row has",
+        "pairs/00001.parquet": f"has 3 bytes instead of {_promised(work, '00001', '00001.parquet')}: at byte 0 it does "
+        "not begin as parquet does",
     }
     assert (work / "pairs" / "00000.tar").exists()
 

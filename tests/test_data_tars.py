@@ -7,6 +7,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clips_data import tars
 from clips_data.errors import UserError
@@ -39,6 +41,58 @@ def test_writer_writes_what_the_standard_library_writes(tmp_path: Path) -> None:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
+@given(st.from_regex(r"[!-\-0-\[\]-~]{1,90}\.[a-z]{1,5}", fullmatch=True), st.integers(0, tars.MAX_MEMBER_BYTES))
+def test_headers_are_those_of_the_standard_library(name: str, size_bytes: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = size_bytes, 0o644, 0
+    assert tars.header(name, size_bytes) == info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x" * 97 + ".jpg",
+        "",
+        ".",
+        "a.b.jpg",
+        "jpg",
+        "a/b.jpg",
+        "ü.jpg",
+        "a\0.jpg",
+        "a b.jpg",
+        "\n.jpg",
+        ".jpg",
+        "a\\b.jpg",
+    ],
+)
+def test_names_that_a_reader_could_not_tell_apart_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="cannot be the name of a member"):
+        tars.header(name, 0)
+
+
+def test_the_longest_name_and_the_largest_member_fit_and_no_more() -> None:
+    longest = "x" * 96 + ".jpg"
+    info = tarfile.TarInfo.frombuf(tars.header(longest, tars.MAX_MEMBER_BYTES), "ascii", "strict")
+    assert (info.name, info.size) == (longest, 8 * 2**30 - 1)
+    with pytest.raises(UserError, match=r"1\.jpg has 8589934592 bytes"):
+        tars.header("1.jpg", tars.MAX_MEMBER_BYTES + 1)
+
+
+def test_archives_of_many_pieces_are_those_of_the_standard_library(tmp_path: Path) -> None:
+    """Members around the size in which bytes are handed on, and around that of a block."""
+    piece = 1 << 20
+    lengths = [0, 1, 511, 512, 513, piece - 513, piece - 512, piece, piece + 1, 3 * piece + 7, *[300_000] * 9, 5]
+    members = [(f"{number:09d}.jpg", bytes([number + 1]) * length) for number, length in enumerate(lengths)]
+    offsets = write(tmp_path / "ours.tar", members)
+    with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+    assert offsets == [member.offset for member in tars.read_members(tmp_path / "ours.tar")]
 
 
 def test_offsets_point_at_the_data(tmp_path: Path) -> None:

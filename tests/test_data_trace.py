@@ -164,7 +164,7 @@ def test_the_text_is_explained_by_the_draw_and_by_what_stood_in(work: Path) -> N
         (step,) = traced(work, number)["shards"]
         drawn = draws.uniform(CONFIG.seed, "mix", 0, key(number))
         assert f"{drawn:.4f}" in step["txt"]["why"]
-        assert ("not below 0.5" in step["txt"]["why"]) == (drawn >= 0.5)
+        assert f"asks for {'web' if drawn < 0.5 else 'synthetic'}" in step["txt"]["why"]
         whys[number] = step["txt"]
     assert {about["outcome"] for about in whys.values()} >= {"web", "synthetic"}
     config = CONFIG.model_copy(update={"web_ratio": 0.0})

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STANDARD = set(sys.stdlib_module_names) | {"__future__"}
-OPEN_TO_TRAINING = ("schema", "errors", "ledger", "journal", "draws", "split")
+OPEN_TO_TRAINING = ("schema", "errors", "ledger", "journal", "draws", "split", "mixing", "mixing_rules")
 HEAVY = {"torch", "transformers", "vllm", "img2dataset", "spacy", "polars"}
 MAY_USE_TRAINING = ("recaption/clips.py", "score.py", "demo/captioner.py", "demo/scorer.py")
 

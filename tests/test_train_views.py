@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from itertools import permutations
+from dataclasses import dataclass
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,130 @@ def test_token_reductions_keep_order_and_length(num_tokens: int, budget: int) ->
         assert len(masked) == kept and masked == sorted(set(masked)) and set(masked) <= set(ids)
         block = views.block_mask(ids, budget, draw)
         assert block == list(range(block[0], block[0] + kept))
+
+
+# --- METHOD §4 on every small case and every outcome of its draws -----------------------------------------------------
+
+
+class Numbers:
+    """A tokenizer whose tokens are the numbers that a text holds; a full stop is -1."""
+
+    def pieces(self, text: str) -> list[int]:
+        return [-1 if word == "." else int(word) for word in text.replace(".", " .").split()]
+
+
+@dataclass(frozen=True)
+class Chosen(Draw):
+    """A draw whose outcome is given: ``order`` of a permutation, or ``place`` among the integers below ``of``."""
+
+    order: tuple[int, ...] = ()
+    place: int = 0
+    of: int = 0
+
+    def permutation(self, n: int, purpose: str) -> list[int]:
+        assert n == len(self.order)
+        return list(self.order)
+
+    def integer(self, n: int, purpose: str) -> int:
+        assert n == self.of, "another number of outcomes than there are places"
+        return self.place
+
+
+def in_order(order: tuple[int, ...]) -> Chosen:
+    return Chosen(0, 0, "", order=order)
+
+
+def text_of(lengths: tuple[int, ...]) -> tuple[str, list[tuple[int, int]], list[list[int]]]:
+    """A text of pieces of so many words, all different, with its spans and the words of each piece."""
+    words, text, spans = iter(range(100)), "", []
+    pieces = [[next(words) for _ in range(length)] for length in lengths]
+    for piece in pieces:
+        start = len(text)
+        text += " ".join(map(str, piece))
+        spans.append((start, len(text)))
+        text += ". "
+    return text, spans, pieces
+
+
+SMALL_TEXTS = [lengths for num in range(1, 5) for lengths in product((1, 2, 3), repeat=num)]
+
+
+@pytest.mark.parametrize("num_tokens", range(7))
+def test_random_keeps_the_tokens_drawn_in_their_order_and_short_captions_whole(num_tokens: int) -> None:
+    ids = list(range(10, 10 + num_tokens))
+    for budget in range(1, 8):
+        for order in permutations(range(num_tokens)):
+            kept = [token for place, token in enumerate(ids) if num_tokens <= budget or order.index(place) < budget]
+            assert views.random_mask(ids, budget, in_order(order)) == kept
+
+
+@pytest.mark.parametrize("num_tokens", range(9))
+def test_block_begins_at_every_place_that_fits_and_the_last_one_ends_the_caption(num_tokens: int) -> None:
+    ids = list(range(10, 10 + num_tokens))
+    for budget in range(1, num_tokens):
+        windows = [ids[start : start + budget] for start in range(num_tokens) if start + budget <= num_tokens]
+        places = [Chosen(0, 0, "", place=place, of=len(windows)) for place in range(len(windows))]
+        assert [views.block_mask(ids, budget, place) for place in places] == windows
+        assert windows[-1][-1] == ids[-1]
+    for budget in (num_tokens, num_tokens + 1):
+        assert views.block_mask(ids, budget, Chosen(0, 0, "")) == ids
+
+
+def test_sub_caption_is_the_papers_rule() -> None:
+    num_cases = 0
+    for lengths in SMALL_TEXTS:
+        text, spans, pieces = text_of(lengths)
+        for order, budget in product(permutations(range(len(lengths))), range(1, 11)):
+            expected: list[int] = []
+            for number in order:  # pick one, append it, and stop at L
+                expected += [-1, *pieces[number]] if expected else pieces[number]
+                if len(expected) >= budget:
+                    break
+            assert views.sub_caption(text, spans, budget, Numbers(), in_order(order)) == expected[:budget]
+            num_cases += 1
+    assert num_cases == (3 + 9 * 2 + 27 * 6 + 81 * 24) * 10
+
+
+def test_one_piece_is_the_authors_rule_and_cut_at_the_budget() -> None:
+    for lengths in SMALL_TEXTS:
+        text, spans, pieces = text_of(lengths)
+        for place, budget in product(range(len(lengths)), range(1, 5)):
+            draw = Chosen(0, 0, "", place=place, of=len(lengths))
+            ids = views.reduce_text(text, spans, "one_piece", budget=budget, count=1, tokenizer=Numbers(), draw=draw)
+            assert ids == pieces[place][:budget]
+
+
+def test_sentences_are_the_first_k_drawn_in_the_order_of_the_text() -> None:
+    for lengths in SMALL_TEXTS:
+        text, spans, pieces = text_of(lengths)
+        for order, count in product(permutations(range(len(lengths))), range(1, 6)):
+            expected: list[int] = []
+            for number, piece in enumerate(pieces):
+                if order.index(number) < count:
+                    expected += [-1, *piece] if expected else piece
+            draw, budget = in_order(order), 3 + count
+            ids = views.reduce_text(
+                text, spans, "sentences", budget=budget, count=count, tokenizer=Numbers(), draw=draw
+            )
+            assert ids == expected[:budget]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [
+        (["A dog", "a cat"], "A dog. a cat"),
+        (["A dog.", "Is it?", "Yes!", "end."], "A dog. Is it? Yes! end."),
+        (['He says "Go."', "(It is big.)", "so"], 'He says "Go." (It is big.) so'),
+        (["一只猫！", "“一只狗。”", "so"], "一只猫！ “一只狗。” so"),
+        (['He says "go"', "so"], 'He says "go". so'),
+        ([], ""),
+    ],
+)
+def test_joined_pieces_end_in_one_full_stop_each(pieces: list[str], text: str) -> None:
+    assert views.join(pieces) == text
+
+
+# --- the draws themselves ---------------------------------------------------------------------------------------------
 
 
 def test_random_mask_can_draw_every_subset_and_block_every_start() -> None:

@@ -1,0 +1,267 @@
+"""The loader's mix: at epoch 0 the bytes of the shards' ``.txt``, later what the rules draw, and all of it counted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pairsmaker
+import polars as pl
+import pytest
+
+from clips_data import draws, ledger, tars
+from clips_data.config import ShardConfig
+from clips_data.errors import UserError
+from clips_data.mixing import Mix
+from clips_data.shard_write import Writing, write_tar
+from clips_train import mixed, shards
+from clips_train.config import TrainConfig
+from clips_train.data import Batch, SampleStream
+from clips_train.tokenizer import Tokenizer
+from clips_train.train import train
+
+COLUMNS = ("web", "synthetic", "long")
+RULES = (
+    "web=0.6,synthetic=0.3,long=0.1",
+    "epoch>=1: web=0.2,long=0.8",
+    "score.web<0.25: synthetic=0.9,web=0.1",
+    "epoch>=2 and score.web>=0.25 and score.other.value<0.5: long=1",
+)
+SEED, NUM_SAMPLES = 5, 44
+
+
+class Bytes:
+    """A vocabulary whose pieces are the bytes of a text, so that a batch shows what exactly was loaded."""
+
+    vocab_size, bos_id, eos_id, pad_id, last_id = 259, 256, 257, 258, None
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    encode_target = encode
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode()
+
+
+def plain_shares(epoch: int, scores: Mapping[str, float]) -> dict[str, float]:
+    """``RULES`` in other words."""
+    bad = "web" in scores and scores["web"] < 0.25
+    if epoch >= 2 and "web" in scores and not bad and scores.get("other.value", 1) < 0.5:
+        return {"long": 1}
+    if bad:
+        return {"synthetic": 0.9, "web": 0.1}
+    return {"web": 0.2, "long": 0.8} if epoch >= 1 else {"web": 0.6, "synthetic": 0.3, "long": 0.1}
+
+
+def plain_outcome(about: Mapping[str, Any], epoch: int, seed: int = SEED) -> str:
+    shares = plain_shares(epoch, about["scores"])
+    u, running, wanted = draws.uniform(seed, "mix", epoch, about["key"]), 0.0, ""
+    for column in COLUMNS:
+        running += shares.get(column, 0)
+        if u < running and not wanted:
+            wanted = column
+    for column in (wanted, *(c for c in COLUMNS if c in shares), *COLUMNS):
+        if about[column]:
+            return column if column == wanted else f"{column}_for_missing_{wanted}"
+    raise AssertionError("a sample without any text was written")
+
+
+def texts_of(number: int) -> dict[str, str]:
+    """Some of them empty, but never all of a sample."""
+    return {
+        "web": "" if number % 7 == 1 else f"wêb {number} 猫",
+        "synthetic": "" if number % 5 == 2 else f"A thing {number} stands. Another one lies.",
+        "long": "" if number % 3 == 2 and number % 7 != 1 else f"Long, {number}: it goes on. And on.",
+    }
+
+
+def write_shards(work: Path, **options: Any) -> Path:
+    """A work folder of pairs becomes shards with three columns and two folders of scores, some of them missing."""
+    config = ShardConfig(**{"columns": COLUMNS, "mix": RULES, "seed": SEED} | options)
+    pairs, out = pairsmaker.write_pairs(work, num_shards=4, shard_rows=12), work / "shards"
+    out.mkdir()
+    entries, counts = [], Counter[str]()
+    for unit in ledger.finished_units(pairs):
+        places = {m.key: m for m in tars.read_members(pairs / f"{unit}.tar") if m.ext == "jpg"}
+        rows = []
+        for row in pl.read_parquet(pairs / f"{unit}.parquet").filter(status="success").to_dicts():
+            number = int(row["key"])
+            rows.append({
+                **{name: row[name] for name in ("key", "sha256", "url", "image_ext")},
+                "unit": unit, "extra": "{}",
+                "place.offset": places[row["key"]].offset, "place.bytes": places[row["key"]].size_bytes,
+                **{f"text.{column}": text for column, text in texts_of(number).items()},
+                **{f"code.{column}": "ok" for column in COLUMNS},
+                "score.web": None if number % 11 == 3 else 0.25 + (number % 9 - 4) * 4e-7,
+                "score.other.value": None if number % 4 == 1 else number % 10 / 10,
+            })  # fmt: skip
+        name = f"train-{unit}"
+        made = write_tar(pl.DataFrame(rows, infer_schema_length=None), name, Writing(config, pairs, out, {}))
+        counts.update(made)
+        sidecar = ledger.read_sidecar(out, name)
+        assert sidecar is not None
+        entries.append({"file": f"{name}.tar", "num_samples": len(rows), **sidecar.files[f"{name}.tar"]})
+    mix = Mix.of(config.web_ratio, config.columns, config.mix, config.replace_below).to_json()
+    index = {
+        "schema_version": 1,
+        "splits": {"train": {"num_samples": NUM_SAMPLES, "shards": entries}},
+        "columns": list(config.columns),
+        "mix": {**mix, "seed": config.seed, "counts": dict(counts)},
+        "digest": "0",
+    }
+    (out / "index.json").write_text(json.dumps(index))
+    return out
+
+
+def members(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
+    """Of every sample the bytes of ``.txt`` and the content of ``.json``."""
+    found = [sample for tar in sorted(folder.glob("*.tar")) for sample in tars.read_samples(tar)]
+    return {sample.key: (sample.members["txt"], json.loads(sample.members["json"])) for sample in found}
+
+
+def config(**change: Any) -> TrainConfig:
+    settings: dict[str, Any] = {"size": "tiny", "image_px": 16, "context_length": 128, "target_length": 128}
+    settings |= {"augment": "none", "batch": NUM_SAMPLES, "seed": 1, "mix": ("shards",)}
+    return TrainConfig(**settings | change)
+
+
+def batches(folder: Path, number: int, state: dict[str, Any] | None = None, **change: Any) -> list[Batch]:
+    """With the default batch, each is one epoch."""
+    stream = SampleStream(shards.open_split(folder, "train"), config(**change), Tokenizer(Bytes()), state).batches()
+    taken = list(itertools.islice(stream, number))
+    stream.close()
+    return taken
+
+
+def web_bytes(batch: Batch) -> dict[str, bytes]:
+    """The web view of every key of the batch."""
+    rows = batch.web_NL.tolist()
+    return {key: bytes(row[1 : row.index(Bytes.eos_id)]) for key, row in zip(batch.keys, rows, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("mixed"))
+
+
+def test_epoch_0_is_the_txt_byte_for_byte_and_later_epochs_are_what_the_rules_draw(folder: Path) -> None:
+    written = members(folder)
+    assert len(written) == NUM_SAMPLES
+    taken = batches(folder, 4)
+    assert [batch.state["epoch"] for batch in taken] == [0, 1, 2, 3]
+    assert web_bytes(taken[0]) == {key: text for key, (text, _) in written.items()}
+    counts = Counter[str]()
+    for epoch, batch in enumerate(taken):
+        outcomes = {key: plain_outcome(about, epoch) for key, (_, about) in written.items()}
+        columns = {key: outcome.partition("_for_missing_")[0] for key, outcome in outcomes.items()}
+        assert web_bytes(batch) == {key: written[key][1][column].encode() for key, column in columns.items()}
+        counts.update(outcomes.values())
+        found = {n.removeprefix("mix."): c for n, c in batch.state["counts"].items() if n.startswith("mix.")}
+        assert found == counts
+    assert len({outcome for outcome in counts if "_for_missing_" in outcome}) >= 4, "the case tests too little"
+    assert {*map(len, (set(web_bytes(batch).items()) for batch in taken))} == {NUM_SAMPLES}
+    assert len({frozenset(web_bytes(batch).items()) for batch in taken}) == 4, "no epoch differs from another"
+
+
+def test_scores_on_the_edge_of_a_bucket_fall_on_the_same_side_in_the_txt_and_in_the_loader(folder: Path) -> None:
+    scores = {about["scores"].get("web") for _, about in members(folder).values()}
+    assert {0.249999, 0.25, 0.250001, None} <= scores
+
+
+def test_shards_from_before_there_were_rules_are_drawn_by_their_ratio(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, mix=(), web_ratio=0.4)
+    index = json.loads((folder / "index.json").read_text())
+    entry = {"web_ratio": 0.4, "seed": SEED, "counts": index["mix"]["counts"]}
+    (folder / "index.json").write_text(json.dumps(index | {"mix": entry}))
+    first, second = batches(folder, 2)
+    written = members(folder)
+    assert web_bytes(first) == {key: text for key, (text, _) in written.items()}
+    for key, text in web_bytes(second).items():
+        wanted = "web" if draws.uniform(SEED, "mix", 1, key) < 0.4 else "synthetic"
+        filled = [c for c in (wanted, *COLUMNS) if written[key][1][c]]
+        assert text == written[key][1][filled[0]].encode()
+
+
+def test_rules_of_ones_own_are_drawn_with_the_runs_seed_and_may_follow_those_of_the_shards(folder: Path) -> None:
+    written = members(folder)
+    (own,) = batches(folder, 1, mix=RULES)
+    for key, text in web_bytes(own).items():
+        about = written[key][1]
+        assert text == about[plain_outcome(about, 0, seed=1).partition("_for_missing_")[0]].encode()
+    assert web_bytes(own) != {key: text for key, (text, _) in written.items()}
+    first, second = batches(folder, 2, mix=("shards", "epoch>=1: long=1"))
+    assert web_bytes(first) == {key: text for key, (text, _) in written.items()}
+    for key, text in web_bytes(second).items():
+        assert text == next(filter(None, (written[key][1][c] for c in ("long", *COLUMNS)))).encode()
+
+
+def test_without_rules_the_web_view_is_the_web_column(folder: Path) -> None:
+    (batch,) = batches(folder, 1, mix=(), batch=40)
+    written = members(folder)
+    for key, text in web_bytes(batch).items():
+        assert text.decode() == (written[key][1]["web"] or written[key][1]["synthetic"])
+    assert not any(name.startswith(("mix", "empty.", "no_score.")) for name in batch.state["counts"])
+
+
+def test_outcomes_rules_empty_columns_and_missing_scores_are_counted(folder: Path) -> None:
+    (batch,) = batches(folder, 1)
+    counts, abouts = batch.state["counts"], [about for _, about in members(folder).values()]
+    assert counts["loaded"] == NUM_SAMPLES
+    for column in COLUMNS:
+        assert counts[f"empty.{column}"] == sum(not about[column] for about in abouts) > 0
+    for name in ("web", "other.value"):
+        assert counts[f"no_score.{name}"] == sum(name not in about["scores"] for about in abouts) > 0
+    bad = sum(about["scores"].get("web", 1) < 0.25 for about in abouts)
+    assert (counts["mix_rule.1"], counts["mix_rule.3"]) == (NUM_SAMPLES - bad, bad)
+    told = mixed.facts(counts)
+    taken = sum(n for name, n in counts.items() if name == "mix.web" or name.startswith("mix.web_for"))
+    assert f"web {taken / NUM_SAMPLES:.2%}" in told["mix"] and told["mix"].count("stood in for") >= 2
+    assert told["mix_rules"] == f"1 {NUM_SAMPLES - bad}, 3 {bad} of {NUM_SAMPLES}"
+    assert told["empty_captions"].startswith("long ") and told["missing_scores"].startswith("other.value ")
+    assert mixed.facts({"loaded": 3, "fallback.web_empty": 1}) == {}
+
+
+def test_a_stream_that_was_stopped_or_has_workers_mixes_alike(folder: Path) -> None:
+    undisturbed = batches(folder, 9, batch=10)
+    again = batches(folder, 3, json.loads(json.dumps(undisturbed[5].state)), batch=10)
+    workers = batches(folder, 9, batch=10, num_workers=1)
+    for batch, other in zip([*undisturbed[6:], *undisturbed], [*again, *workers], strict=True):
+        assert web_bytes(batch) == web_bytes(other) and batch.state == other.state
+
+
+def test_in_the_control_arm_an_image_has_the_txt_of_another(folder: Path) -> None:
+    (batch,) = batches(folder, 1, shuffle_captions=True)
+    written = {key: text for key, (text, _) in members(folder).items()}
+    found = web_bytes(batch)
+    assert sorted(found.values()) == sorted(written.values())
+    assert all(found[key] != written[key] for key in written)
+
+
+def test_rules_that_the_shards_cannot_follow_end_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Rule 5 .*character 11: there is no column 'lnog'. Did you mean 'long'"):
+        train(config(mix=("shards", "epoch>=1: lnog=1")), shards=folder, out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"Rule 2 .*'shards'.*would undo"):
+        batches(folder, 1, mix=("web=1", "shards"))
+
+
+DAMAGED = [
+    None, {}, [], {"rules": 3, "seed": 0}, {"rules": ["web=1"]}, {"rules": [7], "seed": 0},
+    {"rules": ["web=1"], "seed": "0"}, {"rules": ["wb=1"], "seed": 0}, {"web_ratio": "most", "seed": 0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", DAMAGED)
+def test_an_index_that_does_not_say_how_it_was_mixed_is_a_sentence(folder: Path, tmp_path: Path, entry: Any) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "index.json").unlink()
+    (tmp_path / "index.json").write_text(json.dumps(index | {"mix": entry}))
+    with pytest.raises(UserError, match=r"texts were mixed|Rule 1 of the mix.*Did you mean 'web'"):
+        batches(tmp_path, 1)
