@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from . import present
-from .options import LazyCommand, common_options, job_from
+from .options import LazyCommand, common_options, job_from, load
 
 if TYPE_CHECKING:
     from clips_data.convert import Conversion
@@ -20,7 +20,7 @@ ABOUT: Final = (
     "In csv, a text that begins with = + - @ a tab, a line break or ' has a ' before it, so that no spreadsheet runs "
     "it; take one leading ' off to read it back. Conversions are copies: `clips forget` does not reach them."
 )
-FORMATS: Final = ("parquet", "jsonl", "csv", "datacompdr", "open_clip")
+FORMATS: Final = "clips_data.convert:FORMATS"
 
 
 def build(name: str, summary: str) -> click.Command:
@@ -36,7 +36,7 @@ def build(name: str, summary: str) -> click.Command:
 def _parameters() -> list[click.Parameter]:
     return [
         click.Argument(["shards"], required=False, type=click.Path(path_type=Path), metavar="[SHARDS]"),
-        click.Option(["--to"], type=click.Choice(FORMATS), required=True, help="Format to write."),
+        click.Option(["--to"], type=click.Choice(list(load(FORMATS))), required=True, help="Format to write."),
         click.Option(
             ["--out"],
             type=click.Path(path_type=Path, file_okay=False),

@@ -165,7 +165,7 @@ class Balance:
             row = rows[place]
             if (
                 verdicts[row]
-                and draws.uniform(self.seed, "balance", 0, key) < self.probabilities[at[place]]
+                and draws.uniform(self.seed, "balance", 0, f"{key} {word}") < self.probabilities[at[place]]
             ):
                 verdicts[row] = 0
         return pl.Series(verdicts)

@@ -34,10 +34,16 @@ def gather(given: joined.Inputs, config: ShardConfig) -> dict[str, Any]:
         "sources": _sources(given),
         "columns": {folder.name: _makers(folder, given.units, MAKERS) for folder in captions},
         "scores": {folder.name: _makers(folder, given.units, SCORERS) for folder in scores},
-        "score_fields": [field for place, folder in enumerate(scores) for field in _fields(folder, given.units, place)],
+        "score_fields": score_fields(given),
         "split": config.split,
         "licence": config.licence,
     }
+
+
+def score_fields(given: joined.Inputs) -> list[str]:
+    """The fields of ``scores`` in the samples' JSON: those of the first folder by their own names."""
+    scores = _folders(given, schema.SCORES)
+    return [field for place, folder in enumerate(scores) for field in _fields(folder, given.units, place)]
 
 
 def _folders(given: joined.Inputs, kind: str) -> list[Path]:
@@ -100,7 +106,7 @@ def _told(text: str) -> Any:
 
 def _last_part(name: str) -> str:
     for kind in (PurePosixPath, PureWindowsPath):
-        if name.startswith(("~", "./", "../")):
+        if kind(name).is_absolute() or name.startswith(("~", "./", "../")):
             return kind(name).name
     return name
 

@@ -16,7 +16,7 @@ from clips_data import balance, draws, executor, expressions, joined, keep_top, 
 from clips_data.config import ShardConfig
 from clips_data.errors import UserError, did_you_mean
 from clips_data.expressions import Expression
-from clips_data.redact import redact
+from clips_data.redact import redact, without_secrets
 
 if TYPE_CHECKING:
     import polars as pl
@@ -68,7 +68,7 @@ class Where:
     def tell(self, view: pl.DataFrame) -> pl.DataFrame:
         import polars as pl
 
-        fields = [name.partition(".") for name in self.condition.fields]
+        fields = [name.partition(".") for name in dict.fromkeys(("key", *self.condition.fields))]
         return view.select(
             (pl.col(head).struct.field(rest) if rest else pl.col(head)).alias(head + dot + rest)
             for head, dot, rest in fields
@@ -107,8 +107,8 @@ class Filters:
     ) -> Filters:
         """The filters that ``config`` asks for, for these shards.
 
-        ``keep_top`` takes two or three passes over the views of all shards, ``balance`` one; each holds one view a
-        process, and see ``keep_top`` and ``balance`` for the rest. Raises ``UserError`` for an expression that makes no
+        ``keep_top`` passes two to seven times over the views of all shards, ``balance`` once. A pass holds one view a
+        process; for the rest see ``keep_top`` and ``balance``. Raises ``UserError`` for an expression that makes no
         sense, naming what is known, and for a list of concepts that cannot be read.
         """
         filters = cls(given, config.seed, config.explain)
@@ -180,7 +180,7 @@ class Filters:
         some = gone[sorted(range(len(drawn)), key=drawn.__getitem__)[: self.explain]]
         told = step.tell(some.drop(_PLACE)).to_dicts()
         return [
-            {"key": row["key"], "url": redact(row.get("url") or ""), "captions": _texts(row), **values}
+            {"key": row["key"], "url": redact(row.get("url") or ""), "captions": _texts(row), **_public(values)}
             for row, values in zip(table[some[_PLACE]].iter_rows(named=True), told, strict=True)
         ]
 
@@ -198,6 +198,13 @@ def _look(
             view = view.filter(step.judge(view) == 0)
         found.append(look(view))
     return found
+
+
+def _public(value: Any) -> Any:
+    """``value`` with the URLs in it redacted."""
+    if isinstance(value, dict):
+        return {name: _public(one) for name, one in value.items()}
+    return [_public(one) for one in value] if isinstance(value, list) else without_secrets(value)
 
 
 def _texts(row: Mapping[str, Any]) -> dict[str, str]:

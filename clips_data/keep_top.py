@@ -2,7 +2,7 @@
 
 The threshold is found as a radix sort would: a pass counts the leading bits of all numbers, the next ones look only
 at numbers that begin as the threshold does, and once few enough are left they are sorted. So memory holds one
-histogram (32 MB) or ``MAX_COLLECTED`` numbers (8 MB), and there are two or three passes, up to three more where the
+histogram (32 MB) or ``MAX_COLLECTED`` numbers (8 MB), and there are two or three passes, up to four more where the
 threshold itself is shared by more samples than may stay: these are drawn by their keys.
 """
 

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from clips_data import executor, files, joined, ledger, locks, schema, score_table, tables
 from clips_data.config import ScoreConfig
@@ -24,6 +24,8 @@ from clips_data.tables import Dialect
 if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
+
+    from clips_data.table_join import CaptionTable
 
 IDENTITIES: Final = ("key", "sha256", "url")
 """Columns that say which image a row is about, and are no labels."""
@@ -73,7 +75,7 @@ def _join(
     report: Report,
 ) -> None:
     join = LabelJoin(given.pairs, units, table.by, table.scratch)
-    report.facts.update(join.read(table))
+    report.facts.update(join.read(cast("CaptionTable", table)))  # of which it asks for nothing but the batches
     metadata = {"model": json.dumps("labels"), **{name: json.dumps(value) for name, value in about.items()}}
     left = job.limit
     for unit in units:

@@ -69,7 +69,7 @@ def write(
 def read(folder: Path, unit: str) -> pl.DataFrame | None:
     """``key`` of each row of a shard that was looked at, and for each column ``<column>_near_duplicate_of``.
 
-    ``None`` where that was never told. Raises ``UserError`` where the shards of these scores (``folder``) changed since.
+    ``None`` where that was never told. Raises ``UserError`` where the shards of the scores in ``folder`` changed since.
     """
     known = ledger.read_sidecar(folder / FOLDER, UNIT, check_files=False)
     if known is None:
@@ -150,7 +150,7 @@ class Captions:
         """For each caption the number of the first that it nearly repeats, or -1. Mapped from a file."""
         import numpy as np
 
-        first_of = self._new("first_of", np.int64, _NONE)
+        first_of: np.ndarray[Any, np.dtype[np.int64]] = self._new("first_of", np.int64, _NONE)
         if not self.num:
             return first_of
         for numbers, place in self._groups("texts", None):

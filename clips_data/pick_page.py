@@ -15,7 +15,8 @@ dt .flag, dt .code { display: inline-block; border: 1px solid var(--line); borde
 dt .code { border-color: #b3261e; color: #b3261e; } article h3 { padding: 10px 14px 0; margin: 0; font-weight: 600;
   font-variant-numeric: tabular-nums; }
 article h3 small { float: right; font-weight: 500; color: var(--accent); }
-article dd { max-height: none; } dd .raw { color: var(--soft); } dd.facts { color: var(--soft); font-size: .82rem; }
+article dd { max-height: none; overflow: visible; }
+dd .raw { color: var(--soft); } dd.facts { color: var(--soft); font-size: .82rem; }
 @media (prefers-color-scheme: dark) { dt .code { border-color: #f2a49e; color: #f2a49e; } }
 """
 

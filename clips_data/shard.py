@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clips_data import dataset_facts, executor, joined, ledger, locks, schema, shard_index
+from clips_data import balance, dataset_facts, executor, joined, ledger, locks, schema, shard_index
 from clips_data.config import ShardConfig
 from clips_data.errors import ResumeRefused, UserError
 from clips_data.executor import Job, Report
+from clips_data.mixing import Mix
 from clips_data.shard_index import Generation
 from clips_data.shard_plan import HELDOUT, SPLITS, Plan, Tar, draw_plan
-from clips_data.shard_write import Writing, config_of, write_tar
+from clips_data.shard_write import RESERVED, Writing, config_of, write_tar
 
 PRELOAD = ("polars", "pyarrow.parquet", "clips_data.shard")
 
@@ -40,6 +41,7 @@ def run(config: ShardConfig, job: Job) -> Report:
     given = joined.open_inputs(job.work, config.columns, scores=config.scores, units=units, without_duplicates=True)
     if given.left_out:
         report.facts["left_out_as_duplicates"] = sum(len(keys) for keys in given.left_out.values())
+    _check_mix(config, given)
     out = job.out or job.work / schema.SHARDS
     with ledger.readable_disk_errors(out):
         _Sharding(config, given, out, job, report).run()
@@ -55,6 +57,11 @@ def _check_columns(config: ShardConfig) -> None:
         )
     if len(set(config.columns)) != len(config.columns):
         raise UserError(f"--columns {','.join(config.columns)} names a column twice. Name each once.")
+    if taken := sorted(RESERVED.intersection(config.columns)):
+        raise UserError(
+            f"A sample's JSON has something else under {taken[0]!r}, so no caption column in shards can have that name. "
+            f"Rename the folder captions/{taken[0]}."
+        )
 
 
 def _without_absent_scores(config: ShardConfig, work: Path, report: Report) -> ShardConfig:
@@ -66,6 +73,12 @@ def _without_absent_scores(config: ShardConfig, work: Path, report: Report) -> S
         return config
     report.facts["scores"] = f"none carried: {work / schema.SCORES / absent[0]} does not exist"
     return config.model_copy(update={"scores": tuple(name for name in config.scores if name not in absent)})
+
+
+def _check_mix(config: ShardConfig, given: joined.Inputs) -> None:
+    """Before anything is written: rules that make no sense, and conditions on scores that are not carried."""
+    mix = Mix.of(config.web_ratio, config.columns, config.mix, config.replace_below)
+    mix.check_scores(dataset_facts.score_fields(given))
 
 
 @dataclass
@@ -117,7 +130,7 @@ class _Sharding:
     def _writing(self, given: joined.Inputs) -> Writing:
         inputs = given.digests()
         if self.config.balance is not None:
-            inputs["balance"] = ledger.digest_file(Path(self.config.balance))
+            inputs["balance"] = balance.file_digest(Path(self.config.balance))
         return Writing(self.config, given.pairs, self.out, inputs)
 
     def _given(self, units: list[str]) -> joined.Inputs:
@@ -181,7 +194,7 @@ class _Sharding:
                 self.report.facts["shards_missing"] = len(missing)
                 self._note(Generation([tar.unit for tar in plan.tars if tar.unit not in missing], 0, 0))
                 return None
-            generation = Generation([tar.unit for tar in plan.tars], plan.num_rows, plan.dropped, plan.removed)
+            generation = Generation([tar.unit for tar in plan.tars], plan.num_rows, plan.dropped, list(plan.removed.items()))
             about = dataset_facts.gather(
                 self._given([unit for units in named[: number + 1] for unit in units]), self.config
             )
@@ -200,6 +213,8 @@ class _Sharding:
             )
         left = plan.num_rows
         for name, removed in plan.removed.items():
+            if not removed and name.endswith(" is null"):
+                continue
             self.report.notes.append(f"{name}: removed {removed} of {left}")
             left -= removed
             for example in plan.examples.get(name, []):

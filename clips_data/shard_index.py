@@ -31,7 +31,8 @@ class Generation:
     tars: list[str]
     num_rows: int
     dropped: int
-    removed: dict[str, int] = field(default_factory=dict)
+    removed: list[tuple[str, int]] = field(default_factory=list)
+    """What each filter removed, in their order."""
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -120,7 +120,8 @@ class _Images:
 
     def announce(self, unit: str, offset: int, num_bytes: int) -> None:
         """Tells the kernel that ``read`` will follow, so that a disk answers many requests at a time."""
-        os.posix_fadvise(self._tar(unit)[1].fileno(), offset, num_bytes, os.POSIX_FADV_WILLNEED)
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._tar(unit)[1].fileno(), offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, unit: str, offset: int, num_bytes: int, key: str, sha256: str) -> bytes:
         """The image of ``key``, once its hash is the one that the tables promise."""

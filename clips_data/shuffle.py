@@ -135,7 +135,9 @@ def _one_batch(rows: pa.Table) -> pa.RecordBatch:
     import pyarrow as pa
 
     batches = rows.combine_chunks().to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=rows.schema)
+    if batches:
+        return batches[0]
+    return pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in rows.schema], schema=rows.schema)
 
 
 @contextlib.contextmanager

@@ -153,6 +153,15 @@ def _scores(folder: Path) -> dict[str, Any]:
     return {"rows": measure.num_rows(folder, table), "shards": len(units), "similarity": similarity}
 
 
+def _removed(index: dict[str, Any]) -> dict[str, int]:
+    """What each filter removed, in their order."""
+    found: dict[str, int] = {}
+    for generation in index.get("generations", []):
+        for name, number in generation["removed"]:
+            found[name] = found.get(name, 0) + number
+    return found
+
+
 def _shards(folder: Path) -> dict[str, Any]:
     """Sizes and mix from ``index.json`` and the sidecars, sub-captions from the ``.json`` members."""
     from clips_data import tars
@@ -185,6 +194,6 @@ def _shards(folder: Path) -> dict[str, Any]:
             "rules": " | ".join(Mix.from_json(index["mix"], index["columns"]).to_json()["rules"]),
             "realised": {column: round(number / num_samples, 6) for column, number in measure.by_number(txt).items()},
         },
-        "removed": dict(sum((Counter(g["removed"]) for g in index.get("generations", [])), Counter())),
+        "removed": _removed(index),
         "sub_captions": {column: spread(numbers) for column, numbers in sorted(pieces.items())},
     }

@@ -195,14 +195,20 @@ def test_csv_gives_back_every_text_and_no_cell_is_a_formula(shards: Path) -> Non
     assert rows[0]["web"] == "'" + FORMULA
 
 
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1))
+STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+TEXTS = st.builds(
+    str.__add__, st.sampled_from(("", "'", "''", *STARTS)), st.text(st.characters(exclude_categories=["Cs"]))
+)
+
+
+@given(texts=st.lists(TEXTS, min_size=1))
 def test_csv_cells_come_back_and_begin_with_nothing_that_runs(texts: list[str]) -> None:
     file = io.StringIO(newline="")
     csv.writer(file, quoting=csv.QUOTE_NONNUMERIC).writerow([convert_tables.escape(text) for text in texts])
     file.seek(0)
     (cells,) = csv.reader(file)
     assert [convert_tables.unescape(cell) for cell in cells] == texts
-    assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")) for cell in cells)
+    assert not any(cell.startswith(STARTS) for cell in cells)
 
 
 # --- tars -------------------------------------------------------------------------------------------------------------
@@ -450,6 +456,16 @@ def _version(shards: Path) -> str:
 def _no_json(shards: Path) -> str:
     (shards / "index.json").write_text("{")
     return "not valid JSON"
+
+
+def test_a_view_is_no_view_of_a_tar_whose_text_was_changed(shards: Path) -> None:
+    tar = shards / "train-00000.tar"
+    row = pq.read_table(shards / "train-00000.index.parquet").to_pylist()[4]
+    data = bytearray(tar.read_bytes())
+    data[row["txt_offset"]] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(UserError, match=r"train-00000\.tar is not the tar that .*index\.json promises"):
+        run(shards, "open_clip")
 
 
 @pytest.mark.parametrize("damage", [_cut, _swap, _flip, _short_index, _version, _no_json])

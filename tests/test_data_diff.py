@@ -149,6 +149,8 @@ def test_shuffled_shards_are_matched_whatever_their_order(
     assert [set(one["key"] for one in found["texts"]["web"]["first"])] == [
         {"000000001", "000000005", "000010001", "000010005"}
     ]
+    two = diff(a / "shards", b / "shards", scratch=tmp_path, limit=2)["texts"]["web"]["first"]
+    assert [one["key"] for one in two] == ["000000001", "000000005"]
     assert found["settings"]["shards.config.seed"] == ["0", "5"]
     assert counts(diff(b, b / "shards")) == {**SAME, "same": 15}
     assert not list(tmp_path.glob("clips-diff-*"))

@@ -424,6 +424,22 @@ def test_the_highest_share_is_exact_whatever_the_order_and_sharding(
     assert stayed == brute_force(rows, share, seed)
 
 
+def stay(values: list[float], share: float) -> list[str]:
+    view = pl.DataFrame({"key": [f"{n}" for n in range(len(values))], "value": values})
+    found = keep_top.find(by_value(), share, 0, lambda look: [look(view)])
+    return view.filter(found.judge(view) == 0)["key"].to_list()
+
+
+def test_a_share_is_the_decimal_that_was_written() -> None:
+    assert 0.07 * 100 > 7
+    assert stay([float(n) for n in range(100)], 0.07) == [str(n) for n in range(93, 100)]
+
+
+def test_zeros_of_either_sign_are_equal() -> None:
+    lots = [f"{n}" for n in range(40)]
+    assert set(stay([0.0, -0.0] * 20, 0.5)) == brute_force([(key, 0.0) for key in lots], 0.5, 0)
+
+
 def test_ties_are_drawn_and_no_more_than_the_share_stays() -> None:
     view = pl.DataFrame({"key": [f"{n:09d}" for n in range(1000)], "value": [0.5] * 1000})
     found = keep_top.find(by_value(), 0.3, 7, lambda look: [look(view[:300]), look(view[300:])])
@@ -480,3 +496,9 @@ def test_examples_show_what_a_filter_looked_at(work: Path) -> None:
     assert kept[2].examples["where score.web > 0.2 is null"][0]["score.web"] is None
     assert "score.web" in kept[1].examples["keep_top 0.5 by score.web"][0]
     assert not apply_all(prepare(work, where=("pairs.width >= 103",)))[0].examples
+
+
+def test_examples_hold_no_secrets_and_need_no_fields(work: Path) -> None:
+    for condition in ("pairs.url = ''", "pairs is null", "false"):
+        (examples,) = apply_all(prepare(work, where=(condition,), explain=1))[0].examples.values()
+        assert examples[0]["captions"] and "secret" not in json.dumps(examples)

@@ -18,8 +18,6 @@ from clips_data.config import ScoreConfig
 from clips_data.errors import ResumeRefused, UserError
 from clips_data.executor import Job, Report
 
-NUMBERS = (0, 1, 2, 4, 5)
-"""Of the first shard's pairs that succeeded."""
 
 
 def run(work: Path, table: Path, **options: Any) -> Report:
@@ -70,6 +68,15 @@ def test_labels_are_joined_by_what_identifies_an_image(work: Path, by: str) -> N
     pl.DataFrame({by: pairs[by].reverse(), "nsfw": [0.4, 0.3, 0.2, 0.1, 0.0]}).write_parquet(path)
     assert run(work, path, label_key=by).counts == {"ok": 5, "no_label": 5}
     assert rows(work)["nsfw"].to_list() == [0.0, 0.1, 0.2, 0.3, 0.4]
+
+
+def test_a_sha256_is_that_of_the_stored_bytes(tmp_path: Path) -> None:
+    pairsmaker.write_pairs(tmp_path, change=lambda number, row: row.update(raw_sha256=f"{number:064d}"))
+    pairs = pl.read_parquet(tmp_path / "pairs" / "00000.parquet").filter(pl.col("status") == "success")
+    path = tmp_path / "labels.csv"
+    path.write_text(f"sha256,x\n{pairs['sha256'][1].upper()},5\n{pairs['raw_sha256'][2]},6\n")
+    run(tmp_path, path, label_key="sha256")
+    assert rows(tmp_path)["x"].to_list() == [None, 5, None, None, None]
 
 
 def test_single_precision_stays_and_no_number_is_null(work: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import random
 import resource
@@ -143,8 +144,10 @@ def repeated(num_captions: int) -> dict[str, Any]:
 
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(30_000)]
-    weights = [1 / (rank + 1) for rank in range(len(words))]
-    texts = [" ".join(draw.choices(words, weights, k=draw.randint(4, 60))) for _ in range(num_captions * 8 // 10)]
+    weights = list(itertools.accumulate(1 / (rank + 1) for rank in range(len(words))))
+    texts = [
+        " ".join(draw.choices(words, cum_weights=weights, k=draw.randint(4, 60))) for _ in range(num_captions * 8 // 10)
+    ]
     forms = [f"{draw.choice(words)} Wall Art | Free Shipping | Buy {draw.choice(words)} Prints Online - Best Price!!"
              for _ in range(num_captions // 10)]  # fmt: skip
     originals = draw.sample(range(len(texts)), num_captions - len(texts) - len(forms))
