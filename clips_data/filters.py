@@ -232,7 +232,7 @@ def inputs(config: ShardConfig, given: joined.Inputs) -> dict[str, str]:
             told = ledger.read_sidecar(folder / near_duplicates.FOLDER, near_duplicates.UNIT)
             if told is not None:
                 files = {unit: told.files.get(f"{unit}.parquet", {}).get("sha256") for unit in given.units}
-                found[f"{name} near duplicates"] = ledger.digest_json(files)
+                found[f"near duplicates of {name}"] = ledger.digest_json(files)
     return found
 
 

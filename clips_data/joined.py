@@ -25,7 +25,7 @@ SCORE: Final = "score"
 """What expressions call the first of the scores, which have a name of their own too."""
 
 _PAIR_COLUMNS: Final = frozenset(("url", "caption", *schema.PAIR_COLUMNS))
-_ADDED: Final = ("text.", "code.", "score.", "place.")
+_ADDED: Final = ("text.", "code.", "flags.", "score.", "place.")
 """Prefixes of what ``Inputs.table`` adds to the columns of the pairs table."""
 
 
@@ -287,8 +287,9 @@ def _usable(table: pl.DataFrame) -> pl.Expr:
 def _captions(file: Path, column: str) -> pl.DataFrame:
     import polars as pl
 
-    table = read_table(file, ["key", "sha256", "caption", "status", "code"])
-    return table.select("key", "sha256", _usable(table).alias(f"text.{column}"), pl.col("code").alias(f"code.{column}"))
+    table = read_table(file, ["key", "sha256", "caption", "status", "code", "flags"])
+    text = _usable(table).alias(f"text.{column}")
+    return table.select("key", "sha256", text, *(pl.col(name).alias(f"{name}.{column}") for name in ("code", "flags")))
 
 
 def _caption_struct(file: Path, column: str) -> pl.DataFrame:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clips_data import balance, dataset_facts, executor, joined, ledger, locks, schema, shard_index
+from clips_data import dataset_facts, executor, filters, joined, ledger, locks, schema, shard_index
 from clips_data.config import ShardConfig
 from clips_data.errors import ResumeRefused, UserError
 from clips_data.executor import Job, Report
@@ -24,6 +24,8 @@ from clips_data.shard_index import Generation
 from clips_data.shard_plan import HELDOUT, SPLITS, Plan, Tar, draw_plan
 from clips_data.shard_write import RESERVED, Writing, config_of, write_tar
 
+_RARE = (" is null", ": no concept")
+"""Ends of filters' labels that are told only where something went under them."""
 PRELOAD = ("polars", "pyarrow.parquet", "clips_data.shard")
 
 
@@ -128,9 +130,7 @@ class _Sharding:
     # --- what is there ------------------------------------------------------------------------------------------------
 
     def _writing(self, given: joined.Inputs) -> Writing:
-        inputs = given.digests()
-        if self.config.balance is not None:
-            inputs["balance"] = balance.file_digest(Path(self.config.balance))
+        inputs = given.digests() | filters.inputs(self.config, given)
         return Writing(self.config, given.pairs, self.out, inputs)
 
     def _given(self, units: list[str]) -> joined.Inputs:
@@ -213,7 +213,7 @@ class _Sharding:
             )
         left = plan.num_rows
         for name, removed in plan.removed.items():
-            if not removed and name.endswith(" is null"):
+            if not removed and name.endswith(_RARE):
                 continue
             self.report.notes.append(f"{name}: removed {removed} of {left}")
             left -= removed

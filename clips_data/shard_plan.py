@@ -278,6 +278,7 @@ def _plan_rows(config: ShardConfig, table: pl.DataFrame, unit: str) -> pl.DataFr
         pl.Series("extra", extras or [_extra({})] * len(table), pl.String),
         *texts,
         *[f"code.{column}" for column in config.columns],
+        *[f"flags.{column}" for column in config.columns if column != joined.WEB],
         *[pl.col(name).cast(pl.Float64).fill_nan(None) for name in scores],
         pl.any_horizontal(pl.col(texts) != "").alias("has_caption"),
         (pl.col("place.bytes") + 2 * pl.sum_horizontal(sizes).cast(pl.Int64) + _OVERHEAD_BYTES).alias("sample_bytes"),

@@ -173,7 +173,9 @@ def _changed_inputs(work: Path, folder: Path, unit: str) -> list[str]:
 
 
 def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    return [name for name, digest in before.items() if now.get(name) != digest]
+    """Folders whose digest is another; what filters read beside them is no folder."""
+    folders = (schema.PAIRS, f"{schema.CAPTIONS}/", f"{schema.SCORES}/", "left_out")
+    return [name for name, digest in before.items() if name.startswith(folders) and now.get(name) != digest]
 
 
 def _units_used(folder: Path, every: Sequence[str]) -> set[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ import pairsmaker
 import polars as pl
 import pytest
 
-from clips_data import draws, ledger, tars
+from clips_data import draws, ledger, shard, tars
 from clips_data.config import ShardConfig
 from clips_data.errors import UserError
-from clips_data.mixing import Mix
-from clips_data.shard_write import Writing, write_tar
+from clips_data.executor import Job
 from clips_train import mixed, shards
 from clips_train.config import TrainConfig
 from clips_train.data import Batch, SampleStream
@@ -81,41 +81,32 @@ def texts_of(number: int) -> dict[str, str]:
 
 
 def write_shards(work: Path, **options: Any) -> Path:
-    """A work folder of pairs becomes shards with three columns and two folders of scores, some of them missing."""
-    config = ShardConfig(**{"columns": COLUMNS, "mix": RULES, "seed": SEED} | options)
-    pairs, out = pairsmaker.write_pairs(work, num_shards=4, shard_rows=12), work / "shards"
-    out.mkdir()
-    entries, counts = [], Counter[str]()
-    for unit in ledger.finished_units(pairs):
-        places = {m.key: m for m in tars.read_members(pairs / f"{unit}.tar") if m.ext == "jpg"}
-        rows = []
-        for row in pl.read_parquet(pairs / f"{unit}.parquet").filter(status="success").to_dicts():
-            number = int(row["key"])
-            rows.append({
-                **{name: row[name] for name in ("key", "sha256", "url", "image_ext")},
-                "unit": unit, "extra": "{}",
-                "place.offset": places[row["key"]].offset, "place.bytes": places[row["key"]].size_bytes,
-                **{f"text.{column}": text for column, text in texts_of(number).items()},
-                **{f"code.{column}": "ok" for column in COLUMNS},
-                "score.web": None if number % 11 == 3 else 0.25 + (number % 9 - 4) * 4e-7,
-                "score.other.value": None if number % 4 == 1 else number % 10 / 10,
-            })  # fmt: skip
-        name = f"train-{unit}"
-        made = write_tar(pl.DataFrame(rows, infer_schema_length=None), name, Writing(config, pairs, out, {}))
-        counts.update(made)
-        sidecar = ledger.read_sidecar(out, name)
-        assert sidecar is not None
-        entries.append({"file": f"{name}.tar", "num_samples": len(rows), **sidecar.files[f"{name}.tar"]})
-    mix = Mix.of(config.web_ratio, config.columns, config.mix, config.replace_below).to_json()
-    index = {
-        "schema_version": 1,
-        "splits": {"train": {"num_samples": NUM_SAMPLES, "shards": entries}},
-        "columns": list(config.columns),
-        "mix": {**mix, "seed": config.seed, "counts": dict(counts)},
-        "digest": "0",
-    }
-    (out / "index.json").write_text(json.dumps(index))
-    return out
+    """Pairs with three columns and two folders of scores, some of all missing, become shards."""
+
+    def caption(column: str, number: int, row: pairsmaker.Row) -> None:
+        row["caption"] = texts_of(number)[column]
+        if "finish_reason" in row and not row["caption"]:
+            pairsmaker.reject(row)
+
+    pairsmaker.write_pairs(work, num_shards=4, shard_rows=12, change=functools.partial(caption, "web"))
+    for column in COLUMNS[1:]:
+        pairsmaker.write_captions(work, column, change=functools.partial(caption, column))
+    write_scores(work, "clip", "web", lambda n: None if n % 11 == 4 else 0.25 + (n % 9 - 4) * 4e-7)
+    write_scores(work, "other", "value", lambda n: None if n % 4 == 1 else n % 10 / 10)
+    settings = {"columns": COLUMNS, "scores": ("clip", "other"), "mix": RULES, "seed": SEED, "shard_rows": 12}
+    shard.run(ShardConfig(**settings | options), Job(work=work, quiet=True))
+    return work / "shards"
+
+
+def write_scores(work: Path, name: str, field: str, score: Callable[[int], float | None]) -> None:
+    """``score`` gets a number of its own for every pair."""
+    folder, numbers = work / "scores" / name, itertools.count()
+    folder.mkdir(parents=True)
+    for unit in ledger.finished_units(work / "pairs"):
+        rows = pl.read_parquet(work / "pairs" / f"{unit}.parquet").filter(status="success").select("key", "sha256")
+        scores = pl.Series(field, [score(next(numbers)) for _ in range(len(rows))], pl.Float64)
+        rows.with_columns(scores).write_parquet(ledger.part(folder / f"{unit}.parquet"))
+        ledger.commit(folder, unit, [f"{unit}.parquet"], inputs={}, config={}, counts={"ok": len(rows)})
 
 
 def members(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
