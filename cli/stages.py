@@ -178,7 +178,7 @@ STAGES: Final[dict[str, Stage]] = {
             "clips_data.config:ScoreConfig",
             "clips_data.score:run",
             folder=lambda config, run: f"scores/{config.name}",
-            reads=lambda config, run: ["pairs", *_columns(config)],
+            reads=lambda config, run: ["pairs"] if config.labels else ["pairs", *_columns(config)],
             watches=lambda config: _existing(config, "labels") if config.labels else _model(config, "clip"),
             about="Similarities are cosines between the image's and the caption's features of one CLIP model.",
             example="clips score --columns web,synthetic --model ViT-B-32 --pretrained laion2b_s34b_b79k",
@@ -194,8 +194,8 @@ STAGES: Final[dict[str, Stage]] = {
                 *(f"scores/{name}" for name in config.scores),
             ],
             watches=lambda config: _existing(config, "balance") if config.balance else {},
-            about="The tars are plain webdataset shards; image bytes are copied unchanged. New shards of pairs are added "
-            "as further tars.",
+            about="The tars are plain webdataset shards; image bytes are copied unchanged. New shards of pairs become "
+            "further tars.",
             example="clips shard --where 'score.web >= 0.2 AND pairs.width >= 200' --split sentence --web-ratio 0.8",
         ),
         Stage(

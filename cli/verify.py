@@ -64,7 +64,7 @@ def verify(
 def _lines(found: Verified) -> list[str]:
     contradictions = [f"{file}: {text}" for file, texts in found.contradictions.items() for text in texts]
     missing = [
-        f"{folder}: {len(units)} shards are not finished ({', '.join(units[:_SHARDS_SHOWN])}"
+        f"{folder}: {len(units)} not finished yet ({', '.join(units[:_SHARDS_SHOWN])}"
         f"{', …' if len(units) > _SHARDS_SHOWN else ''})"
         for folder, units in found.missing.items()
     ]

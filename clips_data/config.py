@@ -159,7 +159,9 @@ class ScoreConfig(StageConfig):
 
     name: str = Field("clip", pattern=r"^[a-z][a-z0-9_]*$", description="Name of the scores' folder.")
     model: str = Field(
-        "demo", description="open_clip name, hf-hub: or local-dir: path, or 'demo' for the packaged small one."
+        "demo",
+        description="open_clip name, hf-hub: or local-dir: path, the folder of a run of yours, or 'demo' for the "
+        "packaged small one.",
     )
     pretrained: str | None = Field(None, description="Pretrained tag of an open_clip name.")
     columns: tuple[str, ...] = Field(("web", "synthetic"), description="Caption columns to score.")
@@ -168,8 +170,8 @@ class ScoreConfig(StageConfig):
     support: int = Field(
         0,
         ge=0,
-        description="Also tell which share of a caption's words is found in this many captions of other images that "
-        "fit its image best; 0 leaves it out.",
+        description="Also tell how far a caption's least supported word is said, beyond chance, by this many captions "
+        "of other images that fit its image best; 0 leaves it out.",
     )
     near_duplicates: bool = Field(False, description="Also tell captions that nearly repeat an earlier one.")
     labels: str | None = Field(

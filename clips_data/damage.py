@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from clips_data import agreement, ledger, schema, tars
+from clips_data import agreement, ledger, tars
 from clips_data.errors import UserError
 
 _MAGIC: Final = b"PAR1"
-_IMAGES: Final = (*schema.IMAGE_EXTENSIONS, *schema.ADOPTED_EXTENSIONS)
 
 
 def place(file: Path) -> str | None:
@@ -94,7 +93,7 @@ def _unlike_its_row(member: tars.Member, data: bytes, rows: Mapping[str, Mapping
     row, ext = rows.get(member.key), member.ext
     if row is None:
         return f"has key {member.key!r}, which no row has" if rows else None
-    kind = "image" if ext in _IMAGES else ext
+    kind = "image" if ext in agreement.IMAGES else ext
     wanted = row.get(f"{kind}_offset", member.offset), row.get(f"{kind}_bytes", member.size_bytes)
     if wanted != (member.offset, member.size_bytes):
         return f"has {member.size_bytes} bytes there instead of {wanted[1]} at byte {wanted[0]}"

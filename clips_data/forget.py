@@ -15,7 +15,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from clips_data import duplicates, forget_traces, ledger, locks, near_duplicates, rewrite, schema, shard_index
+from clips_data import (
+    duplicates,
+    forget_traces,
+    ledger,
+    locks,
+    near_duplicates,
+    rewrite,
+    schema,
+    score_table,
+    shard_index,
+)
 from clips_data.errors import UserError
 from clips_data.forget_plan import (
     Plan,
@@ -126,7 +136,7 @@ def _carry_out(work: Path, plan: Plan) -> Outcome:
         rewrite.pairs_unit(pairs, unit, gone)
     _mark_duplicates(pairs, outcome)
     for folder in tables(work):
-        count = rewrite.count_captions if folder.parent.name == schema.CAPTIONS else rewrite.count_scores
+        count = rewrite.count_captions if folder.parent.name == schema.CAPTIONS else score_table.count
         for unit in _still_finished(folder, plan.touched.get(folder.relative_to(work).as_posix(), [])):
             rewrite.table_unit(folder, unit, gone, count)
         if gone and near_duplicates.forget(folder):
@@ -141,9 +151,7 @@ def _carry_out(work: Path, plan: Plan) -> Outcome:
                 rewrite.shard_unit(folder, unit, gone)
             lineage[plan.shards[name]] = rewrite.index_of_shards(folder, work)
         if num_tars := _drop_unfinished(folder):
-            outcome.notes.append(
-                f"{name}/ was not finished, so {num_tars} tars were removed: run `clips shard` again."
-            )
+            outcome.notes.append(f"{name}/ was not finished, so {num_tars} tars were removed: run `clips shard` again.")
     if gone and (work / schema.COMPARE).is_dir():
         shutil.rmtree(work / schema.COMPARE)
         outcome.notes.append(f"{schema.COMPARE}/ was removed, as its pages show images. Run `clips compare` again.")

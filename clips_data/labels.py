@@ -6,8 +6,10 @@ stays), booleans, texts. Columns of csv and tsv are text, and become numbers or 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,7 +48,7 @@ def run(config: ScoreConfig, job: Job) -> Report:
     given = joined.open_inputs(job.work, (), units=units)
     out = job.out or job.work / schema.SCORES / config.name
     report = Report("score")
-    with locks.scratch(out, "labels") as scratch:
+    with _scratch(out, job) as scratch:
         table = LabelTable(config.labels, config.label_key, scratch)
         about = {"label_key": config.label_key, "labels_digest": table.digest}
         inputs_of = {unit: given.unit_digests(unit) for unit in executor.slice_of(given.units, job.slice)}
@@ -63,6 +65,17 @@ def run(config: ScoreConfig, job: Job) -> Report:
     report.notes.append(f"{labelled} of {rows} images have a label.")
     report.seconds = time.monotonic() - started
     return report
+
+
+@contextlib.contextmanager
+def _scratch(out: Path, job: Job) -> Iterator[Path]:
+    """A folder of this slice alone; a dry run leaves nothing where the scores will be."""
+    if job.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    else:
+        with locks.scratch(out, f"labels{job.slice or ''}".replace("/", "-of-")) as path:
+            yield path
 
 
 def _join(

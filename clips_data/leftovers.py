@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from clips_data import batches, ledger, schema
+from clips_data import agreement_runs, batches, ledger, schema
 from clips_data.errors import UserError
 
 _UNIT_FILE: Final = re.compile(r"((train|heldout)-)?\d{5}(\.index)?\.(tar|parquet)")
@@ -101,7 +101,7 @@ def remove(left: list[Leftover], since: float) -> list[Path]:
     """Removes what has not changed since ``since`` (seconds since the epoch); returns that."""
     removed = []
     for leftover in left:
-        quiet_s = RUN_QUIET_S if leftover.path.parent.name == "checkpoints" else 0.0
+        quiet_s = RUN_QUIET_S if leftover.path.parent.name == agreement_runs.FOLDER else 0.0
         if leftover.changed_at() >= since - quiet_s:
             continue  # of a stage that began in the meantime
         if leftover.is_folder:

@@ -79,12 +79,6 @@ def count_captions(table: pa.Table) -> Mapping[str, int]:
     return Counter(table["code"].to_pylist())
 
 
-def count_scores(table: pa.Table) -> Mapping[str, int]:
-    rows = table.drop_columns(["key", "sha256"]).to_pylist()
-    missing = sum(None in row.values() for row in rows)
-    return {name: number for name, number in (("ok", len(rows) - missing), ("caption_missing", missing)) if number}
-
-
 def shard_unit(shards: Path, unit: str, gone: Collection[str]) -> None:
     """Removes the samples with these keys from a training tar, and from its offset index."""
     import pyarrow as pa

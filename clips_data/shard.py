@@ -19,11 +19,12 @@ from clips_data import dataset_facts, executor, filters, joined, ledger, locks, 
 from clips_data.config import ShardConfig
 from clips_data.errors import ResumeRefused, UserError
 from clips_data.executor import Job, Report
-from clips_data.mixing import Mix
+from clips_data.mixing import Mix, described
 from clips_data.shard_index import Generation
 from clips_data.shard_plan import HELDOUT, SPLITS, Plan, Tar, draw_plan
 from clips_data.shard_write import RESERVED, Writing, config_of, write_tar
 
+DROPPED = "dropped_without_caption"
 _RARE = (" is null", ": no concept")
 """Ends of filters' labels that are told only where something went under them."""
 PRELOAD = ("polars", "pyarrow.parquet", "clips_data.shard")
@@ -47,6 +48,8 @@ def run(config: ShardConfig, job: Job) -> Report:
     out = job.out or job.work / schema.SHARDS
     with ledger.readable_disk_errors(out):
         _Sharding(config, given, out, job, report).run()
+    if told := described({name: number for name, number in report.counts.items() if name != DROPPED}):
+        report.facts["mix"] = told
     report.seconds = time.monotonic() - started
     return report
 
@@ -61,7 +64,7 @@ def _check_columns(config: ShardConfig) -> None:
         raise UserError(f"--columns {','.join(config.columns)} names a column twice. Name each once.")
     if taken := sorted(RESERVED.intersection(config.columns)):
         raise UserError(
-            f"A sample's JSON has something else under {taken[0]!r}, so no caption column in shards can have that name. "
+            f"A sample's JSON has something else under {taken[0]!r}, so a column of shards cannot have that name. "
             f"Rename the folder captions/{taken[0]}."
         )
 
@@ -160,7 +163,7 @@ class _Sharding:
         made = self.report.made
         self.report.skipped = len(self.report.units) - made
         if generation.dropped:
-            self.report.add({"dropped_without_caption": generation.dropped})
+            self.report.add({DROPPED: generation.dropped})
 
     # --- making -------------------------------------------------------------------------------------------------------
 
@@ -194,7 +197,9 @@ class _Sharding:
                 self.report.facts["shards_missing"] = len(missing)
                 self._note(Generation([tar.unit for tar in plan.tars if tar.unit not in missing], 0, 0))
                 return None
-            generation = Generation([tar.unit for tar in plan.tars], plan.num_rows, plan.dropped, list(plan.removed.items()))
+            generation = Generation(
+                [tar.unit for tar in plan.tars], plan.num_rows, plan.dropped, list(plan.removed.items())
+            )
             about = dataset_facts.gather(
                 self._given([unit for units in named[: number + 1] for unit in units]), self.config
             )

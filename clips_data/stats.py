@@ -147,10 +147,26 @@ def _scores(folder: Path) -> dict[str, Any]:
     import polars as pl
 
     units = ledger.finished_units(folder)
-    names = [name for name in measure.columns_of(folder / f"{units[0]}.parquet") if name not in ("key", "sha256")]
-    table = measure.scan(folder, units, dict.fromkeys(names, pl.Float64))
-    similarity = measure.spreads(folder, table, {name: pl.col(name) for name in names})
-    return {"rows": measure.num_rows(folder, table), "shards": len(units), "similarity": similarity}
+    kinds = measure.columns_of(folder / f"{units[0]}.parquet")
+    numbers = [name for name, kind in kinds.items() if kind.is_numeric() or kind == pl.Boolean]
+    flags = [name for name, kind in kinds.items() if kind == pl.List(pl.String)]
+    columns = dict.fromkeys(numbers, pl.Float64()) | dict.fromkeys(flags, pl.List(pl.String))
+    table = measure.scan(folder, units, {"key": pl.String(), **columns})
+    return {
+        "rows": measure.num_rows(folder, table),
+        "shards": len(units),
+        "similarity": measure.spreads(folder, table, {name: pl.col(name) for name in numbers}),
+        "flagged": {name: _flagged(folder, table.select(name).drop_nulls()) for name in flags},
+    }
+
+
+def _flagged(folder: Path, lists: pl.LazyFrame) -> dict[str, Any]:
+    """How many of the captions that were looked at have each flag."""
+    import polars as pl
+
+    (column,) = lists.collect_schema().names()
+    each = lists.explode(column).filter(pl.col(column).is_not_null())
+    return {"attempted": measure.num_rows(folder, lists), "flags": measure.counts(folder, each, pl.col(column))}
 
 
 def _removed(index: dict[str, Any]) -> dict[str, int]:

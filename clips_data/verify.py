@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from clips_data import agreement, batches, damage, executor, ledger, leftovers, schema
+from clips_data import agreement, agreement_runs, agreement_shards, batches, damage, executor, ledger, leftovers, schema
 from clips_data.errors import UserError
 
 PRELOAD: Final = ("pyarrow.parquet", "polars", "clips_data.verify")
@@ -150,11 +150,27 @@ def _check_unit(sidecar: Path, *, deep: bool) -> _Checked:
         assert known is not None
         if corrupt:  # what a damaged file says is not worth comparing
             return _Checked(len(promised), num_bytes, corrupt, sidecar=sidecar)
-        problems = tuple(agreement.unit(home, unit, promised, _pairs_of(home), deep=deep))
+        problems = tuple(_contradictions(home, unit, set(promised), deep=deep))
         stale = _changed_input(home, unit, known.inputs)
     except (UserError, TypeError) as error:
         return _Checked(len(promised), num_bytes, {**corrupt, sidecar: str(error)}, sidecar=sidecar)
     return _Checked(len(promised), num_bytes, {}, problems, stale, sidecar)
+
+
+def _contradictions(home: Path, unit: str, files: set[str], *, deep: bool) -> Iterator[agreement.Problem]:
+    """What a unit's tables say otherwise than its tar or the pairs; which there are, the names of its files tell."""
+    table, index = f"{unit}.parquet", f"{unit}{agreement.INDEX}"
+    try:
+        if index in files:
+            yield from agreement_shards.shard_unit(home, unit, deep=deep)
+        elif {f"{unit}.tar", table} <= files:
+            yield from agreement.pairs_unit(home, unit, deep=deep)
+        elif table in files and home.parent.name in (schema.CAPTIONS, schema.SCORES):
+            yield from agreement.table_unit(home, unit, _pairs_of(home))
+    except agreement.Disagreement as reason:
+        yield home / (index if index in files else table), str(reason)
+    except UserError as error:  # a tar that cannot be walked; where, its own sentence says
+        yield home / f"{unit}.tar", str(error)
 
 
 def _pairs_of(home: Path) -> Path:
@@ -197,11 +213,11 @@ def _across(folder: Path, homes: set[Path]) -> Iterator[agreement.Problem]:
     for home in sorted(homes):
         if list(home.glob("*" + agreement.INDEX)):
             try:
-                yield from agreement.shards(home, _pairs_of(home))
+                yield from agreement_shards.whole(home, _pairs_of(home))
             except UserError as error:  # of a table that is told of by itself
                 yield home, f"cannot be compared: {error}"
-    for checkpoints in sorted(folder.rglob("checkpoints")):
-        yield from agreement.checkpoints(checkpoints.parent)
+    for checkpoints in sorted(folder.rglob(agreement_runs.FOLDER)):
+        yield from agreement_runs.compare(checkpoints.parent)
 
 
 def _missing(folder: Path, homes: set[Path]) -> Iterator[tuple[str, list[str]]]:
@@ -209,10 +225,23 @@ def _missing(folder: Path, homes: set[Path]) -> Iterator[tuple[str, list[str]]]:
         finished = set(ledger.finished_units(home))
         if home.parent.name in (schema.CAPTIONS, schema.SCORES):
             wanted = ledger.finished_units(_pairs_of(home))
+        elif list(home.glob("*" + agreement.INDEX)):
+            wanted = [] if agreement_shards.is_indexed(home) else [agreement_shards.INDEX_FILE]
         else:
-            wanted = [schema.shard_name(number) for batch in batches.read_all(home) for number in batch.shards]
+            wanted = _planned(home)
         if absent := [unit for unit in wanted if unit not in finished]:
             yield _name(home, folder), absent
+
+
+def _planned(pairs: Path) -> list[str]:
+    """The shards of all intakes of lists."""
+    try:
+        return [schema.shard_name(number) for batch in batches.read_all(pairs) for number in batch.shards]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{pairs / batches.FOLDER} holds an intake that clips did not write ({type(error).__name__}: {error}). "
+            "Restore it, or move it away; then only --append and --retry miss it."
+        ) from None
 
 
 def _collect(found: Verified, folder: Path, promised: set[Path], homes: set[Path], gc: bool) -> None:

@@ -19,9 +19,8 @@ from clips_data.errors import ResumeRefused, UserError
 from clips_data.executor import Job, Report
 
 
-
 def run(work: Path, table: Path, **options: Any) -> Report:
-    job = {name: options.pop(name) for name in ("overwrite", "limit", "dry_run") if name in options}
+    job = {name: options.pop(name) for name in ("overwrite", "limit", "dry_run", "slice") if name in options}
     return score.run(ScoreConfig(name="nsfw", labels=str(table), **options), Job(work=work, quiet=True, **job))
 
 
@@ -143,6 +142,16 @@ def test_equal_labels_are_equal_bytes_and_others_are_refused(work: Path) -> None
         run(work, path)
     run(work, path, overwrite=True)
     assert rows(work)["x"].to_list()[0] == 9 and (work / "scores" / "nsfw" / "00000.parquet").read_bytes() != before
+
+
+def test_slices_are_disjoint_and_a_dry_run_leaves_nothing(work: Path) -> None:
+    path = work / "labels.csv"
+    path.write_text(f"key,x\n{key(0)},1\n{key(7)},2\n")
+    assert run(work, path, dry_run=True).facts["shards_to_do"] == 2 and not (work / "scores").exists()
+    assert run(work, path, slice="1/2").counts == {"ok": 1, "no_label": 4}
+    assert not (work / "scores" / "nsfw" / "00000.parquet").exists()
+    assert run(work, path).made == 1 and rows(work)["x"].to_list() == [1, None, None, None, None]
+    assert not list((work / "scores" / "nsfw").glob("_*"))
 
 
 def test_the_table_says_that_labels_were_given(work: Path) -> None:

@@ -66,6 +66,20 @@ def test_the_first_by_key_is_told_of_equal_and_of_near_ones(tmp_path: Path) -> N
     assert of_texts(["other", LONG, near, LONG, near, "other", "else"], tmp_path) == [None, None, 1, 1, 1, 0, None]
 
 
+def test_of_many_that_are_near_the_very_first_is_told(tmp_path: Path) -> None:
+    assert of_texts([f"{LONG} {end}" for end in "abcdefghijklmnopqrstuvwxyz"], tmp_path) == [None] + [0] * 25
+
+
+def test_what_stands_before_and_after_a_text_does_not_change_it() -> None:
+    texts = ["old red boat", "", "boat", LONG, "boat on the sea", "!", "boat boat boat boat", "sea"]
+    together = shingles.shingled(pl.Series(texts))
+    alone = [shingles.shingled(pl.Series([text], dtype=pl.String)) for text in texts]
+    assert together.lengths_N.tolist() == [one.lengths_N[0] for one in alone] == [2, 0, 1, 22, 3, 0, 1, 1]
+    assert together.flat.tolist() == [shingle for one in alone for shingle in one.flat.tolist()]
+    assert together.texts_N.tolist() == [one.texts_N[0] for one in alone]
+    assert together.bands_BN.T.tolist() == [one.bands_BN[:, 0].tolist() for one in alone]
+
+
 WORDS = st.sampled_from(["red", "blue", "boat", "sea", "sand", "old", "house", "tree", "on", "the", "a", "near", "big"])
 TEXTS = st.lists(st.lists(WORDS, max_size=12).map(" ".join), min_size=1, max_size=24)
 
@@ -139,7 +153,8 @@ def test_passes_over_the_hashes_find_what_one_pass_finds(tmp_path: Path, monkeyp
 
 def test_a_very_long_caption_is_compared_by_its_first_words(tmp_path: Path) -> None:
     long = [f"word{number}" for number in range(shingles.MOST_WORDS)]
-    texts = [" ".join([*long, "one"]), " ".join([*long, *["two"] * 5000]), " ".join(long[::-1])]
+    more = [f"more{number}" for number in range(5000)]
+    texts = [" ".join([*long, "one"]), " ".join([*long, *more]), " ".join(long[::-1])]
     assert of_texts(texts, tmp_path) == [None, 0, None]
 
 

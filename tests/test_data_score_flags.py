@@ -92,6 +92,11 @@ def test_a_word_that_nobody_else_says_tells_nothing() -> None:
     assert found[4] == 0.5 and found[0] == pytest.approx(3 / 6)
 
 
+def test_a_caption_does_not_bear_itself_out() -> None:
+    images = np.random.default_rng(0).normal(size=(30, 8))
+    assert support.supports(images, images, [f"word{number}" for number in range(30)], 3) == [0.5] * 30
+
+
 def test_rows_without_words_have_no_support_and_lend_none() -> None:
     images = one_hot(0, 0, 0, 0)
     assert support.supports(images, images, ["red", "", "the of", "red"], 3) == [0.5, None, None, 0.5]

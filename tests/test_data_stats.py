@@ -370,6 +370,19 @@ def test_scores_are_told_from_other_tables(tmp_path: Path) -> None:
     assert similarity["synthetic"]["num"] == 1
 
 
+def test_of_scores_numbers_have_a_spread_and_flags_are_counted(tmp_path: Path) -> None:
+    rows = [
+        {"key": f"{i}", "sha256": "s", "web": 0.5, "web_sentences": [0.5, 0.25], "web_flags": flags, "nsfw": i == 0,
+         "tag": "cat"}
+        for i, flags in enumerate([["url", "email"], [], ["url"], None])
+    ]  # fmt: skip
+    write_table(tmp_path / "scores" / "clip", 0, rows)
+    found = stats.gather(tmp_path)["scores"]["clip"]
+    assert set(found["similarity"]) == {"web", "nsfw"}  # neither the lists nor the texts
+    assert found["similarity"]["nsfw"]["mean"] == 0.25
+    assert found["flagged"] == {"web_flags": {"attempted": 3, "flags": {"url": 2, "email": 1}}}
+
+
 def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("x")
     (tmp_path / "page.html").rename(ledger.part(tmp_path / "page.html"))

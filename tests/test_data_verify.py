@@ -20,6 +20,11 @@ from clips_data.errors import UserError
 from clips_data.executor import Job
 from clips_data.journal import Journal
 
+BATCH = {
+    "schema_version": 1, "number": 0, "kind": "list", "fingerprint": "", "codes": [], "first_shard": 0,
+    "num_shards": 2, "num_rows": 12, "shard_rows": 6, "list_rows": True,
+}  # fmt: skip
+
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
@@ -194,6 +199,18 @@ def test_unfinished_shards_and_columns_of_other_pairs_are_told_and_are_no_damage
     assert found.stale == {"captions/synthetic/00001.done.json": "was made from another pairs/00001 than is there now"}
 
 
+def test_shards_planned_and_tars_that_no_index_names_are_told_as_unfinished(work: Path) -> None:
+    (work / "pairs" / "_batches").mkdir()
+    plan = work / "pairs" / "_batches" / "00000.json"
+    plan.write_text(json.dumps(BATCH | {"num_shards": 4}))
+    (work / "shards" / "index.json").unlink()
+    found = verify.verify(work)
+    assert found.is_sound and found.missing == {"pairs": ["00002", "00003"], "shards": ["index.json"]}
+    plan.write_text("[]")
+    with pytest.raises(UserError, match=r"_batches holds an intake that clips did not write"):
+        verify.verify(work)
+
+
 def test_damaged_checkpoints_are_named(work: Path) -> None:
     import torch
     from safetensors.torch import save_file
@@ -257,11 +274,9 @@ def test_gc_removes_folders_of_killed_runs_and_intakes_that_never_began(work: Pa
     left = ["shards/_plan/all/plan.arrow", "pairs/_list-0-of-1/list.parquet", "captions/synthetic/_import/a.parquet",
             "pairs/_batches/00004.parquet", "pairs/00009.tar.link"]  # fmt: skip
     kept = ["pairs/_batches/00003.parquet", "pairs/_batches/00003.json", "shards/_mine/x", "pairs/.slicing"]
-    about = {"schema_version": 1, "number": 3, "kind": "list", "fingerprint": "", "codes": [], "first_shard": 0,
-             "num_shards": 2, "num_rows": 12, "shard_rows": 6, "list_rows": True}  # fmt: skip
     for name in (*left, *kept):
         (work / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).write_text(json.dumps(about) if name.endswith(".json") else "x")
+        (work / name).write_text(json.dumps(BATCH) if name.endswith(".json") else "x")
     (work / "pairs" / "00009.tar.link").unlink()
     (work / "pairs" / "00009.tar.link").symlink_to("/nowhere")
     found = verify.verify(work, gc=True)
@@ -314,5 +329,5 @@ def test_the_command_says_all_of_it(work: Path, capsys: pytest.CaptureFixture[st
     out, err = capsys.readouterr()
     assert "pairs/00000.tar: has another content than when it was finished: member '000000000.jpg'" in out
     assert "shards/index.json: is not an index that clips wrote" in out
-    assert "captions/synthetic: 1 shards are not finished (00001)" in out
+    assert "captions/synthetic: 1 not finished yet (00001)" in out
     assert "1 of " in err and "contradict" in err and "not what was committed" in err
