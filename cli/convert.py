@@ -83,6 +83,8 @@ def convert(**given: Any) -> None:
 
     if given["shards"] is not None and given["work"] is not None:
         raise UsageError(f"SHARDS {given['shards']} and --work {given['work']} both name what to convert. Give one.")
+    if str(given["shards"]) == "-":
+        raise UsageError("clips convert takes a whole folder, not names on stdin. Name shards/, or its work folder.")
     stop_on_sigterm()
     folder = given.pop("shards") or given["work"] or Path()
     job = job_from({**given, "shards": None})

@@ -46,7 +46,10 @@ def report_lines(report: Report) -> list[str]:
     return lines + [f"  {note}" for note in report.notes]
 
 
-def figure(value: float | int | str) -> str:
+def figure(value: Any) -> str:
+    """A number to four digits, a text as it is, the values of a list one after the other."""
+    if isinstance(value, list):
+        return ", ".join(map(figure, value)) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

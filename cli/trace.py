@@ -157,8 +157,9 @@ def _listed(found: Mapping[str, Any]) -> Pairs:
 def _image(image: Mapping[str, Any], row: Mapping[str, Any]) -> Pairs:
     names = [name for name in _IMAGE if name in image]
     size = f"{row['width']} x {row['height']} px, {image.get('stored_bytes', row['bytes'])} bytes, {row['image_ext']}"
-    before = f"{row['original_width']} x {row['original_height']} px"
-    return [("size", size), ("as downloaded", before), *((name, image[name]) for name in names)]
+    before = [("as downloaded", f"{row['original_width']} x {row['original_height']} px")]
+    known = before if row["original_width"] is not None else []  # who adopted an image did not see it downloaded
+    return [("size", size), *known, *((name, image[name]) for name in names)]
 
 
 def _caption(step: Mapping[str, Any]) -> Pairs:
@@ -175,9 +176,21 @@ def _caption(step: Mapping[str, Any]) -> Pairs:
 def _scores(step: Mapping[str, Any]) -> Pairs:
     if "absent" in step:
         return []
+    nothing = "none, as the table has no label for it" if _is_labels(step) else "none, as the caption was empty"
     values = [(name, value) for name, value in step["row"].items() if name not in ("key", "sha256")]
-    shown = [(name, "none, as the caption was empty" if value is None else f"{value:.4f}") for name, value in values]
+    shown = [(name, nothing if value is None else _score(value)) for name, value in values]
     return [*shown, *_made_by(step)]
+
+
+def _is_labels(step: Mapping[str, Any]) -> bool:
+    return bool(step["made_by"].get("model") == "labels")
+
+
+def _score(value: Any) -> str:
+    """A number, a text, or the list of a caption's flags or of its sentences' similarities."""
+    if isinstance(value, list):
+        return ", ".join(map(_score, value)) or "none"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _made_by(step: Mapping[str, Any], engine: str | None = None) -> Pairs:
@@ -209,7 +222,7 @@ def _shards(step: Mapping[str, Any]) -> Pairs:
     for column, pieces in step["sub_captions"].items():
         pairs.append(("sub-captions", f"{len(pieces)} of {column}, by the rule {step['split_rule']}"))
         pairs += [("", f"{piece['start']}-{piece['end']}: {piece['text']}") for piece in pieces]
-    pairs += [(f"score {name}", f"{value:.4f}") for name, value in step["scores"].items()]
+    pairs += [(f"score {name}", _score(value)) for name, value in step["scores"].items()]
     return [*pairs, *_version(step)]
 
 

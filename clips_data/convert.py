@@ -107,6 +107,8 @@ def _checked(conversion: Conversion, shards: Shards) -> Conversion:
     for column in columns:
         if column not in shards.columns:
             raise UserError(f"{shards.folder} has no column {column!r}. {did_you_mean(column, shards.columns)}")
+        if columns.count(column) > 1:
+            raise UserError(f"--column {column} is given twice. Name each column once.")
     if not conversion.images and not FORMATS[to].has_images:
         raise UsageError(f"--images is about formats that hold images, and {to} is none of them.")
     if to == "open_clip" and not conversion.images:

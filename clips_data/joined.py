@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from clips_data import duplicates, ledger, schema, tars
+from clips_data import duplicates, ledger, measure, schema, tars
 from clips_data.errors import UserError, did_you_mean
 from clips_data.forgotten import refuse_unfinished
 from clips_data.joining import check_unique, join
@@ -24,6 +24,8 @@ WEB: Final = "web"
 SCORE: Final = "score"
 """What expressions call the first of the scores, which have a name of their own too."""
 
+_IDENTITY: Final = ("key", "sha256")
+_TEXTS: Final = ("caption", "status", "code")
 _PAIR_COLUMNS: Final = frozenset(("url", "caption", *schema.PAIR_COLUMNS))
 _ADDED: Final = ("text.", "code.", "flags.", "score.", "place.")
 """Prefixes of what ``Inputs.table`` adds to the columns of the pairs table."""
@@ -71,6 +73,7 @@ class Inputs:
 
         where = self.pairs / f"{unit}.parquet"
         table = self._successful(unit)
+        table = table.drop(name for name in table.columns if name.startswith(_ADDED))  # the list's own, as if ours
         web = _text(table, "caption") if "caption" in table.columns else pl.lit("")
         table = table.with_columns(web.alias(f"text.{WEB}"), pl.lit("ok").alias(f"code.{WEB}"))
         for column, folder in self._named(schema.CAPTIONS).items():
@@ -79,7 +82,8 @@ class Inputs:
         for number, (name, folder) in enumerate(self._named(schema.SCORES).items()):
             file = folder / f"{unit}.parquet"
             prefix = f"{SCORE}.{name}." if number else f"{SCORE}."
-            other = read_table(file).select("key", "sha256", pl.exclude("key", "sha256").name.prefix(prefix))
+            _check_same_fields(file, folder / f"{self.units[0]}.parquet")
+            other = read_rows(file).select("key", "sha256", pl.exclude("key", "sha256").name.prefix(prefix))
             table = join(table, other, where, file)
         return self._without_duplicates(unit, self._placed(unit, table) if images else table)
 
@@ -137,7 +141,7 @@ class Inputs:
     def _successful(self, unit: str, columns: list[str] | None = None) -> pl.DataFrame:
         import polars as pl
 
-        rows = read_table(self.pairs / f"{unit}.parquet", columns)
+        rows = read_rows(self.pairs / f"{unit}.parquet", columns, also=("status",))
         table = rows.filter(pl.col("status") == schema.STATUS_SUCCESS)
         check_unique(table, self.pairs / f"{unit}.parquet")
         return table
@@ -218,6 +222,33 @@ def read_table(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
         ) from None
 
 
+def read_rows(path: Path, columns: list[str] | None = None, *, also: tuple[str, ...] = ()) -> pl.DataFrame:
+    """``read_table`` of a table that says by key and sha256 what its rows are about, ``also`` having these columns."""
+    import polars as pl
+
+    table, advice = read_table(path, columns), "Restore it, or delete its .done.json and make it again."
+    for name in (*_IDENTITY, *also):
+        if name not in table.columns:
+            raise UserError(f"{path} has no column {name!r}. {advice}")
+    for name in (*_IDENTITY, *_TEXTS):
+        if name in table.columns and table.schema[name] not in (pl.String, pl.Null):
+            raise UserError(f"{path} has {table.schema[name]} instead of text in column {name!r}. {advice}")
+    if table["key"].null_count():
+        raise UserError(f"{path} row {table['key'].is_null().arg_max()} has no key. {advice}")
+    return table
+
+
+def _check_same_fields(path: Path, first: Path) -> None:
+    """All shards of scores have the same fields, of the same types."""
+    here, there = measure.columns_of(path), measure.columns_of(first)
+    if here != there:
+        name = next(name for name in {**there, **here} if here.get(name) != there.get(name))
+        one, other = here.get(name, "nothing"), there.get(name, "nothing")
+        raise UserError(
+            f"{path} has {one} in column {name!r}, {first.name} has {other}. Make the scores again with --overwrite."
+        )
+
+
 def extra_columns(table: pl.DataFrame) -> list[str]:
     """The columns that the user's list had beside URL and caption."""
     return [name for name in table.columns if name not in _PAIR_COLUMNS and not name.startswith(_ADDED)]
@@ -228,16 +259,17 @@ def read_images(pairs: Path, unit: str, table: pl.DataFrame) -> Iterator[bytes]:
     tar = pairs / f"{unit}.tar"
     with tars.open_tar(tar) as file:
         for key, sha256, offset, size in table.select("key", "sha256", "place.offset", "place.bytes").iter_rows():
-            yield check_image(tars.read_at(file, tar, offset, size), tar, key, sha256)
+            yield check_image(tars.read_at(file, tar, offset, size), tar, key, sha256, offset)
 
 
-def check_image(data: bytes, tar: Path, key: str, sha256: str) -> bytes:
-    """``data``, once its hash is the one that the tables promise."""
+def check_image(data: bytes, tar: Path, key: str, sha256: str, offset: int | None = None) -> bytes:
+    """``data``, once its hash is the one that the tables promise; ``offset`` is where in the tar they begin."""
     found = ledger.digest_bytes(data)
     if found != sha256:
+        place = "" if offset is None else f" (at byte {offset})"
         raise UserError(
-            f"Image {key} in {tar} has sha256 {found}, but its table says {sha256}: the tar was changed after it was "
-            "finished. Restore it, or download this shard again."
+            f"Image {key} in {tar} has sha256 {found}{place}, but its table says {sha256}: the tar was changed after "
+            "it was finished. Restore it, or download this shard again."
         )
     return data
 
@@ -287,7 +319,7 @@ def _usable(table: pl.DataFrame) -> pl.Expr:
 def _captions(file: Path, column: str) -> pl.DataFrame:
     import polars as pl
 
-    table = read_table(file, ["key", "sha256", "caption", "status", "code", "flags"])
+    table = read_rows(file, ["key", "sha256", "caption", "status", "code", "flags"])
     text = _usable(table).alias(f"text.{column}")
     return table.select("key", "sha256", text, *(pl.col(name).alias(f"{name}.{column}") for name in ("code", "flags")))
 
@@ -295,7 +327,7 @@ def _captions(file: Path, column: str) -> pl.DataFrame:
 def _caption_struct(file: Path, column: str) -> pl.DataFrame:
     import polars as pl
 
-    table = read_table(file)
+    table = read_rows(file)
     text = dict.fromkeys(("raw", "code", "status", "finish_reason", "prompt_variant"), pl.String())
     kinds: dict[str, pl.DataType] = {**text, "num_tokens": pl.Int32(), "flags": pl.List(pl.String)}
     made = [
@@ -310,7 +342,7 @@ def _score_structs(folder: Path, unit: str, names: list[str]) -> pl.DataFrame:
     """The scores, and which captions nearly repeat others where that was told, once under each name."""
     from clips_data import near_duplicates  # which reads joined tables itself
 
-    table = read_table(folder / f"{unit}.parquet")
+    table = read_rows(folder / f"{unit}.parquet")
     near = near_duplicates.read(folder, unit)
     if near is not None:
         table = table.join(near, on="key", how="left", maintain_order="left")

@@ -22,7 +22,7 @@ def join(table: pl.DataFrame, other: pl.DataFrame, where: Path, file: Path) -> p
     _check_keys(table, other, where, file)
     _check_keys(other, table, file, where)
     joined = table.join(other, on="key", how="left", suffix=".other", maintain_order="left")
-    wrong = joined.filter(pl.col("sha256") != pl.col("sha256.other"))
+    wrong = joined.filter(pl.col("sha256").ne_missing(pl.col("sha256.other")))
     if len(wrong):
         row: dict[str, Any] = wrong.row(0, named=True)
         raise UserError(

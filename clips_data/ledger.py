@@ -96,23 +96,38 @@ def sidecar_path(folder: Path, unit: str) -> Path:
 def read_sidecar(folder: Path, unit: str, *, check_files: bool = True) -> Sidecar | None:
     """The sidecar of ``unit``, or ``None`` when the unit is not finished.
 
-    Raises ``UserError`` when a sidecar exists whose schema is unknown or, with ``check_files``, whose files are missing
-    or have another size.
+    Raises ``UserError`` for a sidecar that is damaged or has an unknown schema or, with ``check_files``, when its files
+    are missing or have another size.
     """
     path = sidecar_path(folder, unit)
     if not path.exists():
         return None
-    content = json.loads(path.read_text())
+    try:
+        content = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _damaged(path, error) from None
     version = content.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path} has schema version {version}, this version of clips reads {SCHEMA_VERSION}. "
             "Use the clips version that wrote it, or make the folder again."
         )
-    sidecar = Sidecar(**content)
+    try:
+        sidecar = Sidecar(**content)
+        for name, about in sidecar.files.items():
+            if Path(name).name != name or not isinstance(about["bytes"], int) or not isinstance(about["sha256"], str):
+                raise ValueError(f"{name!r} is no file beside it")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise _damaged(path, error) from None
     if check_files:
         _check_files(folder, sidecar)
     return sidecar
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} is not a sidecar that clips wrote ({error}). Restore it, or delete it to make this unit again."
+    )
 
 
 def _check_files(folder: Path, sidecar: Sidecar) -> None:

@@ -37,6 +37,16 @@ def locked(folder: Path, name: str = "lock", *, wait: bool = True) -> Iterator[N
         yield
 
 
+def alone(folder: Path, use: str, part: str | None) -> contextlib.AbstractContextManager[None]:
+    """One process of this machine at a time does a slice (``i/n``, ``None``: all) of a stage's work in ``folder``."""
+    return locked(folder, f"{use}-{slice_name(part)}", wait=False)
+
+
+def slice_name(part: str | None) -> str:
+    """``0/2`` → ``0-of-2``, for names of files."""
+    return (part or "all").replace("/", "-of-")
+
+
 @contextlib.contextmanager
 def shared(folder: Path, name: str, use: str) -> Iterator[None]:
     """Lets processes of this machine into ``folder`` together that make the same ``use`` of it, and no others.

@@ -43,13 +43,20 @@ def counted(picks: Picks) -> str:
 def _card(one: Picked) -> str:
     value = f"<small>{h.number(one.value)}</small>" if one.value is not None else ""
     entries = "".join(_caption(column, about, one) for column, about in one.captions.items())
-    scores = [f"{name} {h.number(value)}" for name, value in sorted(one.scores.items())]
+    scores = [f"{name} {_figure(value)}" for name, value in sorted(one.scores.items())]
     if scores:
         entries += f'<dt>Scores</dt><dd class="facts">{h.bar_figures(scores)}</dd>'
     facts = [one.place.name, *([f".txt is {one.txt}"] if one.txt else []), *([one.url] if one.url else [])]
     entries += f'<dt>From</dt><dd class="facts">{h.bar_figures(facts)}</dd>'
     alt = next((about["caption"] for about in one.captions.values() if about["caption"]), "")
     return f"<article>{report.thumbnail(one.image, alt)}<h3>{h.text(one.key)}{value}</h3><dl>{entries}</dl></article>"
+
+
+def _figure(value: Any) -> str:
+    """A number, a text, or the list of a caption's flags or of its sentences' similarities, to be escaped yet."""
+    if isinstance(value, list):
+        return ", ".join(map(_figure, value)) or "none"
+    return value if isinstance(value, str) else h.number(value)
 
 
 def _caption(column: str, about: dict[str, Any] | Any, one: Picked) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from clips_data import draws, joined, ledger, report_captions, schema, stats, tars
+from clips_data import draws, joined, ledger, report_captions, schema, shard_index, stats, tars
 from clips_data import report_html as h
 from clips_data.config import ReportConfig
 from clips_data.errors import UserError, did_you_mean
@@ -278,7 +278,7 @@ def _choose(config: ReportConfig, shards: Path, captioned: set[str]) -> list[tup
 
     First those that our captioner captioned, then others that were held out, then training samples.
     """
-    index = json.loads((shards / "index.json").read_text())
+    index = shard_index.read(shards) or {"splits": {}}
     found = []
     for rank, split in enumerate(SPLITS):
         for shard in index["splits"].get(split, {"shards": []})["shards"]:

@@ -23,6 +23,7 @@ from clips_data import (
     joined,
     labels,
     ledger,
+    locks,
     near_duplicates,
     schema,
     score_table,
@@ -70,7 +71,8 @@ def run(config: ScoreConfig, job: Job) -> Report:
     if job.dry_run:
         report.facts["shards_to_do"] = len(standing.missing)
     elif standing.missing:
-        _score(standing.missing, given, left_out, out, config, about, model, job, report)
+        with locks.alone(out, "scoring", job.slice):
+            _score(standing.missing, given, left_out, out, config, about, model, job, report)
     if config.near_duplicates and not job.dry_run:
         near_duplicates.write(given, left_out, config.columns, out, report)
     finished = set(ledger.finished_units(out))

@@ -7,10 +7,12 @@ later become a further generation of tars, shuffled among themselves; finished t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from clips_data.mixing import Mix, described
 from clips_data.shard_index import Generation
 from clips_data.shard_plan import HELDOUT, SPLITS, Plan, Tar, draw_plan
 from clips_data.shard_write import RESERVED, Writing, config_of, write_tar
+from clips_data.shuffle import Sorted
 
 DROPPED = "dropped_without_caption"
 _RARE = (" is null", ": no concept")
@@ -46,7 +49,9 @@ def run(config: ShardConfig, job: Job) -> Report:
         report.facts["left_out_as_duplicates"] = sum(len(keys) for keys in given.left_out.values())
     _check_mix(config, given)
     out = job.out or job.work / schema.SHARDS
-    with ledger.readable_disk_errors(out):
+    # A second process on the same slice would plan in the same place.
+    alone = contextlib.nullcontext() if job.dry_run else locks.alone(out, "sharding", job.slice)
+    with ledger.readable_disk_errors(out), alone:
         _Sharding(config, given, out, job, report).run()
     if told := described({name: number for name, number in report.counts.items() if name != DROPPED}):
         report.facts["mix"] = told
@@ -95,25 +100,34 @@ class _Sharding:
     out: Path
     job: Job
     report: Report
+    replaces: bool = False
+    """Whether what the index names is made anew; the index goes once the plan is drawn, so not for a mistaken filter."""
 
     @property
     def scratch(self) -> Path:
-        return self.out / "_plan" / (self.job.slice or "all").replace("/", "-of-")
+        """A dry run has its own, since the run that it asks about may be at work."""
+        name = f"dry-run-{os.getpid()}" if self.job.dry_run else (self.job.slice or "all").replace("/", "-of-")
+        return self.out / "_plan" / name
 
     def run(self) -> None:
         named, done = self._generations()
         made: list[Generation] = []
         first_tar = dict.fromkeys(SPLITS, 0)
         for number, units in enumerate(named):
-            if number < len(done) and not self.config.explain and self._is_whole(units, done[number]):
-                generation: Generation | None = done[number]
-            else:
-                generation = self._make(named, number, made, first_tar)
-            if generation is None:  # a dry run, a slice or a limit: it stays unfinished
+            generation: Generation | None = None
+            if number < len(done) and self._is_whole(units, done[number]):
+                generation = done[number]
+                if self.config.explain:
+                    with self._planned(self._given(units), number, made, first_tar) as plan:
+                        self._tell(plan)
+            finished = generation or self._make(named, number, made, done[number + 1 :], first_tar)
+            if finished is None:  # a dry run, a slice or a limit: it stays unfinished
                 return
-            self._note(generation)
-            made.append(generation)
-            for tar in generation.tars:
+            self._note(finished)
+            made.append(finished)
+            if generation is None or len(shard_index.finished(self.out)) < len(made):
+                self._write_index(named, made)
+            for tar in finished.tars:
                 first_tar[tar.partition("-")[0]] += 1
 
     def _generations(self) -> tuple[list[list[str]], list[Generation]]:
@@ -126,8 +140,7 @@ class _Sharding:
         named, done = shard_index.generations(self.out), shard_index.finished(self.out)
         if [*map(set, named)] == [set(self.given.units)] and self._is_finished(named, done):
             return named, done
-        if not self.job.dry_run:
-            shard_index.remove(self.out)
+        self.replaces = True
         return [list(self.given.units)], []
 
     # --- what is there ------------------------------------------------------------------------------------------------
@@ -167,14 +180,14 @@ class _Sharding:
 
     # --- making -------------------------------------------------------------------------------------------------------
 
-    def _make(
-        self, named: list[list[str]], number: int, made: list[Generation], first_tar: Mapping[str, int]
-    ) -> Generation | None:
-        given = self._given(named[number])
-        writing = self._writing(given)
-        self.scratch.mkdir(parents=True, exist_ok=True)
+    @contextlib.contextmanager
+    def _planned(
+        self, given: joined.Inputs, number: int, made: list[Generation], first_tar: Mapping[str, int]
+    ) -> Iterator[Plan]:
+        """The plan of a generation; its rows are gone at the end."""
+        _make_scratch(self.scratch)
         try:
-            plan = draw_plan(
+            yield draw_plan(
                 self.config,
                 given,
                 self.scratch,
@@ -182,11 +195,31 @@ class _Sharding:
                 first_tar=first_tar,
                 num_processes=_num_processes(self.job),
             )
-            self._tell(plan, number)
-            strangers = self._strangers(made, plan)
+        finally:
+            _remove_scratch(self.scratch, self.out)
+
+    def _make(
+        self,
+        named: list[list[str]],
+        number: int,
+        made: list[Generation],
+        later: list[Generation],
+        first_tar: Mapping[str, int],
+    ) -> Generation | None:
+        given = self._given(named[number])
+        writing = self._writing(given)
+        with self._planned(given, number, made, first_tar) as plan:
+            if number:
+                self._tell_grown(plan, number)
+            self._tell(plan)
+            strangers = self._strangers([*made, *later], plan)
+            if self.replaces and not self.job.dry_run:
+                shard_index.remove(self.out)
             todo = self._todo(writing, plan)
             if self.job.dry_run:
                 self.report.facts["shards_to_do"] = len(todo)
+                return None
+            if not plan.tars and number == len(named) - 1:  # they can still become one with shards that come later
                 return None
             _remove(self.out, strangers)
             with locks.locked(self.out):
@@ -197,25 +230,23 @@ class _Sharding:
                 self.report.facts["shards_missing"] = len(missing)
                 self._note(Generation([tar.unit for tar in plan.tars if tar.unit not in missing], 0, 0))
                 return None
-            generation = Generation(
-                [tar.unit for tar in plan.tars], plan.num_rows, plan.dropped, list(plan.removed.items())
-            )
-            about = dataset_facts.gather(
-                self._given([unit for units in named[: number + 1] for unit in units]), self.config
-            )
-            with locks.locked(self.out):
-                shard_index.write(self.out, self.config, [*made, generation], about)
-            return generation
-        finally:
-            _remove_scratch(self.scratch, self.out)
+            return Generation([tar.unit for tar in plan.tars], plan.num_rows, plan.dropped, list(plan.removed.items()))
 
-    def _tell(self, plan: Plan, number: int) -> None:
-        if number:
-            grown = sum(tar.num_rows for tar in plan.tars)
+    def _write_index(self, named: list[list[str]], made: list[Generation]) -> None:
+        about = dataset_facts.gather(self._given([unit for units in named[: len(made)] for unit in units]), self.config)
+        with locks.locked(self.out):
+            shard_index.write(self.out, self.config, made, about)
+
+    def _tell_grown(self, plan: Plan, number: int) -> None:
+        if grown := sum(tar.num_rows for tar in plan.tars):
             self.report.notes.append(
                 f"{grown} samples of new shards are added as generation {number}, shuffled among themselves; "
                 "--overwrite shuffles all"
             )
+        else:
+            self.report.notes.append(f"none of the {plan.num_rows} pairs of new shards becomes a sample")
+
+    def _tell(self, plan: Plan) -> None:
         left = plan.num_rows
         for name, removed in plan.removed.items():
             if not removed and name.endswith(_RARE):
@@ -225,9 +256,9 @@ class _Sharding:
             for example in plan.examples.get(name, []):
                 self.report.notes.append(f"  {_one_line(example)}")
 
-    def _strangers(self, made: list[Generation], plan: Plan) -> list[str]:
+    def _strangers(self, others: list[Generation], plan: Plan) -> list[str]:
         """Finished tars of another plan, which would stay beside the new ones. With --overwrite they go."""
-        ours = {tar.unit for tar in plan.tars}.union(*(generation.tars for generation in made))
+        ours = {tar.unit for tar in plan.tars}.union(*(generation.tars for generation in others))
         strangers = [unit for unit in ledger.finished_units(self.out) if unit not in ours]
         if strangers and not self.job.overwrite:
             raise ResumeRefused(
@@ -253,7 +284,7 @@ class _Sharding:
     def _write_tars(self, writing: Writing, plan: Plan, todo: list[Tar]) -> None:
         from tqdm import tqdm
 
-        work = functools.partial(_write_planned, plan=plan, writing=writing)
+        work = functools.partial(_write_planned, order=plan.order, writing=writing)
         num_processes = min(_num_processes(self.job), len(todo))
         rows = sum(tar.num_rows for tar in todo)
         with tqdm(total=rows, unit="sample", desc="shard", disable=self.job.quiet or None) as progress:
@@ -270,8 +301,9 @@ def _unit(writing: Writing, tar: str) -> dict[str, Any]:
     return {"folder": writing.out, "unit": tar, "inputs": writing.inputs, "config": config_of(writing.config)}
 
 
-def _write_planned(tar: Tar, plan: Plan, writing: Writing) -> int:
-    write_tar(plan.rows(tar), tar.unit, writing)
+def _write_planned(tar: Tar, order: Mapping[str, Sorted], writing: Writing) -> int:
+    """Is sent to a worker with each tar, so it takes the order and not the whole plan, which names all tars."""
+    write_tar(order[tar.split].rows(tar.first_row, tar.num_rows), tar.unit, writing)
     return tar.num_rows
 
 
@@ -285,10 +317,16 @@ def _remove(out: Path, units: list[str]) -> None:
             (out / name).unlink(missing_ok=True)
 
 
+def _make_scratch(scratch: Path) -> None:
+    """Empty: rows that a killed run spooled there may be of other shards, or on the other side of the split."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+
+
 def _remove_scratch(scratch: Path, out: Path) -> None:
     shutil.rmtree(scratch)
     for folder in (scratch.parent, out):
-        if not any(folder.iterdir()):  # else other slices plan there, or tars are finished
+        with contextlib.suppress(OSError):  # other slices plan there or took it away, or tars are finished
             folder.rmdir()
 
 

@@ -110,7 +110,7 @@ def write(folder: Path, config: ShardConfig, made: Sequence[Generation], about: 
 def refresh(folder: Path, index: dict[str, Any]) -> str:
     """Brings the index in line with the tars that it names, and writes it, the sizes and the card; the new digest."""
     digests, counts = [], Counter[str]()
-    for split in index["splits"].values():
+    for split in (index["splits"][name] for name in SPLITS):
         for shard in split["shards"]:
             unit = shard["file"].removesuffix(".tar")
             sidecar = ledger.read_sidecar(folder, unit, check_files=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,9 +73,6 @@ class Plan:
     """What each filter removed, in their order."""
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    def rows(self, tar: Tar) -> pl.DataFrame:
-        return self.order[tar.split].rows(tar.first_row, tar.num_rows)
-
 
 @dataclass(frozen=True)
 class _Planning:
@@ -108,7 +106,7 @@ def draw_plan(
     """Draws the plan; its rows lie in ``folder``.
 
     A sample is dropped when a filter removes it or no column has a caption for it. ``first_tar`` is the number of the
-    first tar of each split. Raises ``UserError`` when nothing is left.
+    first tar of each split. Raises ``UserError`` when nothing is left and there are no tars before.
     """
     filters = Filters.prepare(config, given, given.units, num_processes=num_processes)
     num_rows = {unit: _num_rows(given.pairs, unit) for unit in given.units}
@@ -129,7 +127,8 @@ def draw_plan(
         _add(found, spooled)
     if _limited(held_out):
         _choose_candidates(planning)
-    if found.num_rows == found.dropped + sum(found.removed.values()):
+    grows = any((first_tar or {}).values())
+    if not grows and found.num_rows == found.dropped + sum(found.removed.values()):
         raise UserError(_nothing_left(found, given))
     order = {split: _sort(spools[split], folder / split, num_processes) for split in SPLITS}
     tars = [tar for split in SPLITS for tar in _cut(config, split, order[split], (first_tar or {}).get(split, 0))]
@@ -295,9 +294,26 @@ def _extra(row: dict[str, Any]) -> str:
     """The list's own columns as JSON text; a ``captions`` column holds JSON itself, and is kept as the list it is."""
     captions = row.get("captions")
     if isinstance(captions, str) and captions.startswith("["):
-        with contextlib.suppress(ValueError):  # a text that only looks like a list stays a text
-            row = {**row, "captions": json.loads(captions)}
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+        with contextlib.suppress(ValueError, RecursionError):  # a text that only looks like a list stays a text
+            found = json.loads(captions)
+            json.dumps(found, ensure_ascii=False).encode()  # fails for half characters, which JSON can spell
+            row = {**row, "captions": found}
+    try:
+        return _encode(row)
+    except ValueError:
+        return _encode(_known(row))
+
+
+_encode: Final = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str, allow_nan=False).encode
+
+
+def _known(value: Any) -> Any:
+    """``value`` with nulls in place of what JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {name: _known(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_known(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _add(found: _Spooled, more: _Spooled) -> None:

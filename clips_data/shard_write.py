@@ -126,7 +126,7 @@ class _Images:
     def read(self, unit: str, offset: int, num_bytes: int, key: str, sha256: str) -> bytes:
         """The image of ``key``, once its hash is the one that the tables promise."""
         path, file = self._tar(unit)
-        return joined.check_image(tars.read_at(file, path, offset, num_bytes), path, key, sha256)
+        return joined.check_image(tars.read_at(file, path, offset, num_bytes), path, key, sha256, offset)
 
     def _tar(self, unit: str) -> tuple[Path, BinaryIO]:
         if unit in self._open:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from clips_data import caption_cost, ledger, measure, pair_stats, schema
+from clips_data import caption_cost, ledger, measure, pair_stats, schema, shard_index
 from clips_data.errors import UserError
 from clips_data.mixing import Mix
 
@@ -182,7 +182,7 @@ def _shards(folder: Path) -> dict[str, Any]:
     """Sizes and mix from ``index.json`` and the sidecars, sub-captions from the ``.json`` members."""
     from clips_data import tars
 
-    index = json.loads((folder / "index.json").read_text())
+    index = shard_index.read(folder) or {}
     pieces: dict[str, list[float]] = {}
     txt, num_samples = Counter[str](), 0
     for split in index["splits"].values():

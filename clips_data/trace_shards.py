@@ -43,6 +43,7 @@ def places(work: Path, key: str, row: Mapping[str, Any] | None, texts: Mapping[s
                 step |= _sample(folder, unit, key)
                 _compare(step, row, texts)
                 step["problems"] += _changed_inputs(work, folder, unit)
+                shard_index.read(folder)  # a damaged one is told, too
         except UserError as error:
             step["problems"].append(str(error))
             if "split" not in step:
@@ -126,9 +127,13 @@ def _why_absent(work: Path, folder: Path, key: str, row: Mapping[str, Any] | Non
     repeats = marked.filter(marked["key"] == key)["duplicate_of"].to_list() if marked is not None else []
     if repeats:
         return f"left out, as it has the same image as {repeats[0]}"
-    columns = json.loads((folder / INDEX_FILE).read_text())["columns"]
+    columns = (shard_index.read(folder) or {}).get("columns", [])
     if not any(texts.get(column) for column in columns):
         return f"dropped, as none of the columns {', '.join(columns)} has a usable caption for it"
+    unit = key[: schema.SHARD_DIGITS]
+    for generation, units in zip(shard_index.finished(folder), shard_index.generations(folder), strict=False):
+        if unit in units and (filters := [name for name, number in generation.removed if number]):
+            return f"left out by a filter: {' or '.join(filters)}"
     return "it is in none of the tars here: they were made from other shards of pairs, or before it had a caption"
 
 
@@ -215,5 +220,7 @@ def seen(work: Path, key: str, row: Mapping[str, Any] | None, steps: list[Step])
 
 
 def _digest(folder: Path) -> str | None:
-    index = folder / INDEX_FILE
-    return str(json.loads(index.read_text())["digest"]) if index.exists() else None
+    try:
+        return (shard_index.read(folder) or {}).get("digest")
+    except UserError:  # told in the folder's step
+        return None

@@ -205,7 +205,7 @@ def _read_table(path: Path) -> pa.Table:
     wanted |= {f"{member}_{what}": "int64" for member in _MEMBERS for what in ("offset", "bytes")}
     try:
         with pq.ParquetFile(path) as file:
-            table = file.read()
+            table = file.read([name for name in file.schema_arrow.names if name in wanted])
             table.validate(full=True)
     except (OSError, ValueError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pairsmaker
+import polars as pl
 import pytest
 
 from cli.main import main
 from cli.trace import MAX_TEXT_CHARS, lines, look_up
-from clips_data import shard
+from clips_data import ledger, shard
 from clips_data.config import ShardConfig
 from clips_data.executor import Job
 
@@ -70,6 +71,31 @@ def test_values_stand_beside_their_names_and_hashes_are_not_broken(work: Path) -
     assert any(line.endswith(found["image"]["sha256"]) for line in shown)
     words = [line for line in shown if "sha256" not in line and "/" not in line and "http" not in line]
     assert max(len(line) for line in words) <= 40
+
+
+def test_scores_labels_flags_and_sentences_are_all_shown(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {
+        "web": 0.25,
+        "web_sentences": [0.5, 0.25],
+        "web_flags": ["url", "markup"],
+        "tag": "cat",
+        "synthetic": None,
+    }
+    folder = work / "scores" / "clip"
+    folder.mkdir(parents=True)
+    rows = pl.read_parquet(work / "pairs" / "00000.parquet", columns=["key", "sha256"]).to_dicts()
+    pl.DataFrame([row | scores for row in rows]).write_parquet(ledger.part(folder / "00000.parquet"))
+    ledger.commit(folder, "00000", ["00000.parquet"], inputs={}, config={}, counts={})
+    out = printed(work, capsys, "000000001")
+    shown = dict(line.split(maxsplit=1) for line in out[out.index("scores clip") :].splitlines()[1:6])
+    assert shown["web"] == "0.2500" and shown["tag"] == "cat"
+    assert shown["web_sentences"] == "0.5000, 0.2500" and shown["web_flags"] == "url, markup"
+    assert shown["synthetic"] == "none, as the caption was empty"
+
+
+def test_an_adopted_image_has_no_size_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairsmaker.write_pairs(tmp_path, change=lambda number, row: row.update(original_width=None, original_height=None))
+    assert "as downloaded" not in printed(tmp_path, capsys, "000000001")
 
 
 def test_the_raw_answer_is_shown_where_it_says_something_else(work: Path) -> None:

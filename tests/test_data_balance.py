@@ -7,7 +7,7 @@ from random import Random
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from clips_data import balance, draws
@@ -55,7 +55,6 @@ def test_concepts_stand_between_spaces_and_punctuation_and_match_in_their_case()
 texts = st.lists(st.sampled_from(WORDS), max_size=7).map(" ".join)
 
 
-@settings(deadline=None)
 @given(st.lists(texts, max_size=6), st.lists(texts.filter(str.strip), min_size=1, max_size=6, unique=True))
 def test_what_is_found_is_what_polars_automaton_finds(captions: list[str], concepts: list[str]) -> None:
     def bounded(texts: list[str]) -> pl.Series:
@@ -83,7 +82,6 @@ def test_a_caption_that_two_concepts_draw_stays_once_and_counts_once_for_each(tm
     assert dict(zip(found.thinned.tolist(), found.probabilities.tolist(), strict=True)) == {0: 0.5}
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.lists(st.sampled_from(["dog", "cat", "sun", "bird"]), max_size=4).map(" ".join), max_size=40),
     st.integers(1, 10),

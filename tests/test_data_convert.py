@@ -179,6 +179,16 @@ def test_only_the_columns_asked_for_are_written(shards: Path) -> None:
     assert "synthetic" in row and "web" not in row
 
 
+def test_a_column_named_twice_is_refused(shards: Path) -> None:
+    with pytest.raises(UserError, match="--column web is given twice"):
+        run(shards, "csv", columns=("web", "synthetic", "web"))
+
+
+def test_names_of_shards_on_stdin_are_refused_with_what_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "-", "--to", "csv", "--out", "never"]) == 2
+    assert "takes a whole folder" in capsys.readouterr().err
+
+
 def test_csv_gives_back_every_text_and_no_cell_is_a_formula(shards: Path) -> None:
     _, report = run(shards, "csv")
     rows = []

@@ -42,7 +42,7 @@ def write_shards(pairs: Path, shards: Sequence[Sequence[str | None]], *, first_s
 hashes = st.sampled_from([None, *"abcdefgh"])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.lists(hashes, min_size=1, max_size=12), min_size=1, max_size=4), st.sampled_from([3, 1 << 20]))
 def test_just_one_image_is_kept_per_hash_and_it_is_the_first_by_key(
     shards: list[list[str | None]], hashes_at_once: int

@@ -132,7 +132,7 @@ def test_a_row_that_was_marked_before_its_engine_died_is_tried_first(tmp_path: P
     assert engine.num_deaths == 2 * 3, "each of the three dies among others, then alone, and costs no further engine"
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(deadly=st.sets(st.sampled_from("abcdefghijkl"), max_size=3), marks=st.booleans())
 def test_all_rows_are_answered_once_whichever_are_deadly(
     tmp_path_factory: pytest.TempPathFactory, deadly: set[str], marks: bool

@@ -180,7 +180,7 @@ SOUP = st.lists(
 ).map(" ".join)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(text=SOUP, index=st.integers(0, 200))
 def test_word_soup_is_counted_within_bounds(text: str, index: int) -> None:
     counts = facts.score(text, scenes.make_scene(WORLD, index))

@@ -402,7 +402,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(VALUES, max_size=40), st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0]), st.integers(0, 2), st.randoms())
 def test_the_highest_share_is_exact_whatever_the_order_and_sharding(
     monkeypatch: pytest.MonkeyPatch, values: list[float | None], share: float, seed: int, random: Random

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -243,7 +243,6 @@ def test_a_rows_draws_differ_from_position_to_position() -> None:
     assert len(set(drawn)) == 8
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_penalties_are_vllms_and_padding_does_not_count(data: st.DataObject) -> None:
     """Against the formula of vLLM's documentation, token by token."""

@@ -410,7 +410,7 @@ def test_no_result_is_larger_than_its_caps() -> None:
 MODES = st.sampled_from(["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"])
 
 
-@hypothesis_settings(max_examples=150, deadline=None)
+@hypothesis_settings(max_examples=150)
 @given(
     st.one_of(st.integers(1, 700), st.integers(1, 12)),
     st.one_of(st.integers(1, 700), st.integers(1, 12)),
@@ -575,7 +575,7 @@ def test_only_the_first_bytes_of_an_image_do_not_decode(head: bytes) -> None:
     assert refusal(head + b"<html>" * 50).code == "decode_failed"
 
 
-@hypothesis_settings(max_examples=120, deadline=None)
+@hypothesis_settings(max_examples=120)
 @given(
     st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "AVIF"]),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=12),

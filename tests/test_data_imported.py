@@ -143,7 +143,7 @@ entries = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(table=entries)
 def test_a_join_gives_every_image_the_first_caption_of_its_key(
     shared: Path, tmp_path: Path, table: list[Entry]

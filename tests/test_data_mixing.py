@@ -92,7 +92,7 @@ def holds(condition: PlainCondition, epoch: int, scores: dict[str, float]) -> bo
     st.sets(st.sampled_from(COLUMNS)),
     st.dictionaries(st.sampled_from(FIELDS), st.integers(-20, 60).map(lambda number: number / 100)),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_choice_is_what_a_plain_reading_of_the_rules_draws(
     plain: list[PlainRule], epoch: int, seed: int, empty: set[str], scores: dict[str, float]
 ) -> None:
@@ -107,7 +107,7 @@ def test_a_choice_is_what_a_plain_reading_of_the_rules_draws(
 
 
 @given(weights(), st.integers(0, 2**32))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_realised_ratio_converges_to_the_weights(shares: dict[str, int], seed: int) -> None:
     mix = mix_of([([], shares)])
     counts = Counter(choose(mix, key, seed=seed).outcome for key in KEYS)
@@ -119,7 +119,6 @@ def test_the_realised_ratio_converges_to_the_weights(shares: dict[str, int], see
 
 
 @given(st.floats(0, 1), st.integers(0, 2**40), st.text(), st.booleans(), st.booleans())
-@settings(deadline=None)
 def test_a_web_ratio_draws_what_shards_without_rules_were_made_with(
     ratio: float, seed: int, key: str, web: bool, synthetic: bool
 ) -> None:
@@ -332,7 +331,7 @@ PARTS = ("epoch", "score.", "web", "synthetic", ">=", "<", ":", ",", "=", "0.8",
 
 
 @given(st.lists(st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=12).map("".join), max_size=3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_text_is_a_rule_that_can_be_drawn_from_or_a_sentence(texts: list[str]) -> None:
     try:
         mix = Mix.parse(texts, columns=COLUMNS)

@@ -107,7 +107,7 @@ def reference(texts: list[str]) -> list[int | None]:
     return told
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TEXTS)
 def test_found_are_just_the_pairs_of_the_definition(texts: list[str]) -> None:
     """All pairs told are near. Bands may overlook some, but hardly any, and never an equal one."""
@@ -129,7 +129,7 @@ def test_bands_find_nearly_all_near_pairs(tmp_path: Path) -> None:
     assert sum(first == number for number, first in enumerate(told[300:])) >= 297
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(TEXTS, st.data())
 def test_shards_and_the_order_in_them_do_not_matter(texts: list[str], data: Any) -> None:
     rows = [(f"{number:09d}", text) for number, text in enumerate(texts)]

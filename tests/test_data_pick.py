@@ -215,3 +215,19 @@ def test_hostile_text_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest
 )
 def test_options_that_do_not_go_together_are_usage_errors(words: list[Any]) -> None:
     assert main(["sample", *words]) == 2
+
+
+def test_flags_and_labels_among_the_scores_read_as_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairsmaker.write_pairs(tmp_path, num_shards=1)
+    folder = tmp_path / "scores" / "clip"
+    folder.mkdir(parents=True)
+    scores = {"web": 0.25, "web_flags": ["url", "markup"], "tag": "<b>"}
+    pairs = pl.read_parquet(tmp_path / "pairs" / "00000.parquet").filter(pl.col("code") == "ok")
+    rows = pairs.select("key", "sha256").to_dicts()
+    pl.DataFrame([row | scores for row in rows]).write_parquet(ledger.part(folder / "00000.parquet"))
+    ledger.commit(folder, "00000", ["00000.parquet"], inputs={}, config={}, counts={})
+    page = tmp_path / "page.html"
+    assert main(["sample", str(tmp_path), "--num", "1"]) == 0
+    assert "tag <b>, web 0.25, web_flags url, markup" in " ".join(capsys.readouterr().out.split())
+    assert main(["sample", str(tmp_path), "--num", "1", "--gallery", str(page)]) == 0
+    assert "tag &lt;b&gt; · web 0.25 · web_flags url, markup" in page.read_text()

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clips_data import draws, ledger, shard, shuffle, tars
+from clips_data import draws, ledger, locks, shard, shuffle, tars
 from clips_data.config import ShardConfig
 from clips_data.errors import ResumeRefused, UserError
 from clips_data.executor import Job, Report
@@ -41,7 +41,8 @@ def about(sample: tars.Sample) -> dict[str, Any]:
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    """Of all but locks."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
 
 
 def test_every_successful_pair_arrives_once_with_its_bytes_columns_and_extra(tmp_path: Path) -> None:
@@ -269,10 +270,18 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_second_run_skips_everything(tmp_path: Path) -> None:
     first = make(pairsmaker.write_work(tmp_path))
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").glob("[!.]*")}
     second = make(tmp_path)
     assert (second.made, second.skipped, second.counts, second.units) == (0, 3, first.counts, first.units)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").glob("[!.]*")} == before
+
+
+def test_a_second_process_on_the_same_slice_is_refused_and_on_another_is_not(tmp_path: Path) -> None:
+    work = pairsmaker.write_work(tmp_path)
+    with locks.locked(work / "shards", "sharding-0-of-2"):
+        with pytest.raises(UserError, match="Another clips process is at work"):
+            make(work, slice="0/2")
+        assert make(work, slice="1/2").made == 1
 
 
 def test_changed_captions_and_changed_config_are_refused_until_overwritten(tmp_path: Path) -> None:

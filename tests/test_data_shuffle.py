@@ -33,7 +33,7 @@ def shuffled(folder: Path, tasks: list[list[str]], num_buckets: int) -> shuffle.
     return shuffle.Sorted(folder / "sorted", tuple(ends))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 3000), st.integers(1, 7), st.integers(1, 9), st.randoms(use_true_random=False))
 def test_the_order_is_that_of_the_draws_whatever_the_tasks_and_buckets(
     num_rows: int, num_tasks: int, num_buckets: int, chance: random.Random

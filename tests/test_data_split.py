@@ -171,7 +171,7 @@ def assert_spacy_agrees(texts: list[str]) -> None:
         assert spans == sentences_by_spacy(text), text
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(texts=st.lists(CAPTIONS, max_size=3))
 @example(texts=["They wed. The dog runs. Mr. X. wed.\tHe", "3.5. A cat", "co. The"])
 def test_sentences_are_those_that_spacy_gives_for_the_whole_text(texts: list[str]) -> None:
@@ -223,7 +223,7 @@ def test_many_texts_are_cut_as_each_alone(rule: Rule) -> None:
 # --- what holds for all rules -----------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=CAPTIONS, rule=st.sampled_from(RULES))
 def test_spans_are_in_order_within_bounds_and_never_empty(text: str, rule: Rule) -> None:
     last = 0
@@ -232,7 +232,7 @@ def test_spans_are_in_order_within_bounds_and_never_empty(text: str, rule: Rule)
         last = end
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=CAPTIONS, rule=st.sampled_from(("period", "sentence")))
 def test_pieces_are_stripped_and_never_blank(text: str, rule: Rule) -> None:
     for piece in pieces(text, rule):
@@ -240,7 +240,7 @@ def test_pieces_are_stripped_and_never_blank(text: str, rule: Rule) -> None:
         assert "." not in piece or rule == "sentence"
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=CAPTIONS, rule=st.sampled_from(RULES))
 def test_between_pieces_lie_only_separators_and_whitespace(text: str, rule: Rule) -> None:
     rest = list(text)

@@ -383,6 +383,13 @@ def test_of_scores_numbers_have_a_spread_and_flags_are_counted(tmp_path: Path) -
     assert found["flagged"] == {"web_flags": {"attempted": 3, "flags": {"url": 2, "email": 1}}}
 
 
+def test_a_damaged_index_is_named(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "index.json").write_text("{")
+    with pytest.raises(UserError, match=r"index\.json is no JSON"):
+        stats.gather(tmp_path)
+
+
 def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("x")
     (tmp_path / "page.html").rename(ledger.part(tmp_path / "page.html"))

@@ -207,6 +207,21 @@ def test_it_is_said_why_a_sample_is_in_no_shard(work: Path) -> None:
     assert "not all of them are finished" in traced(work, NO_TEXT)["shards"][0]["absent"]
 
 
+def test_a_sample_that_a_filter_removed_is_not_said_to_be_of_other_shards(tmp_path: Path) -> None:
+    work = pairsmaker.write_work(tmp_path)
+    config = ShardConfig(where=("CAST(key AS INT) % 2 = 0",))
+    shard.run(config, Job(work=work, quiet=True, only=(work / "pairs" / "00000.parquet",)))
+    assert "absent" not in traced(work, 0)["shards"][0]
+    assert traced(work, 1)["shards"][0]["absent"] == "left out by a filter: where CAST(key AS INT) % 2 = 0"
+    assert "made from other shards of pairs" in traced(work, 7)["shards"][0]["absent"]
+
+
+def test_a_damaged_index_is_named(work: Path) -> None:
+    (work / "shards" / "index.json").write_text("{")
+    (problem,) = traced(work, 0)["shards"][0]["problems"]
+    assert "index.json is no JSON" in problem
+
+
 def test_only_part_of_the_pairs_was_sharded(tmp_path: Path) -> None:
     work = pairsmaker.write_work(tmp_path)
     shard.run(CONFIG, Job(work=work, quiet=True, only=(work / "pairs" / "00000.parquet",)))
