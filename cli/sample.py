@@ -137,7 +137,7 @@ def lines(samples: list[Picked], width: int) -> Iterator[str]:
             yield ""
         value = f"  {present.figure(one.value)}" if one.value is not None else ""
         yield f"{one.key}{value}  {one.place.name}"
-        margin = max(len(column) for column in one.captions) + 4
+        margin = max(len(name) for name in (*one.captions, "scores")) + 4
         for column, about in one.captions.items():
             yield from _wrapped(f"  {column}".ljust(margin), _said(about), width)
         if one.scores:

@@ -320,8 +320,13 @@ def _captions(file: Path, column: str) -> pl.DataFrame:
     import polars as pl
 
     table = read_rows(file, ["key", "sha256", "caption", "status", "code", "flags"])
-    text = _usable(table).alias(f"text.{column}")
-    return table.select("key", "sha256", text, *(pl.col(name).alias(f"{name}.{column}") for name in ("code", "flags")))
+    return table.select(
+        "key",
+        "sha256",
+        _usable(table).alias(f"text.{column}"),
+        pl.col("code").alias(f"code.{column}"),
+        pl.col("flags").cast(pl.List(pl.String)).alias(f"flags.{column}"),
+    )
 
 
 def _caption_struct(file: Path, column: str) -> pl.DataFrame:

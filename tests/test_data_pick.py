@@ -228,6 +228,6 @@ def test_flags_and_labels_among_the_scores_read_as_words(tmp_path: Path, capsys:
     ledger.commit(folder, "00000", ["00000.parquet"], inputs={}, config={}, counts={})
     page = tmp_path / "page.html"
     assert main(["sample", str(tmp_path), "--num", "1"]) == 0
-    assert "tag <b>, web 0.25, web_flags url, markup" in " ".join(capsys.readouterr().out.split())
+    assert "scores tag <b>, web 0.25, web_flags url, markup" in " ".join(capsys.readouterr().out.split())
     assert main(["sample", str(tmp_path), "--num", "1", "--gallery", str(page)]) == 0
     assert "tag &lt;b&gt; · web 0.25 · web_flags url, markup" in page.read_text()

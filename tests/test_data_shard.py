@@ -423,13 +423,14 @@ def test_a_kill_at_any_point_ends_in_the_same_bytes(tmp_path: Path) -> None:
     make(whole, shard_rows=1)
     killed = pairsmaker.write_work(tmp_path / "killed", num_shards=3)
     code = (
-        "from clips_data import shard; from clips_data.config import ShardConfig; from clips_data.executor import Job\n"
+        "from clips_data import shard, sharding; from clips_data.config import ShardConfig\n"
+        "from clips_data.executor import Job\n"
         "from pathlib import Path; import sys, time\n"
-        "write = shard.write_tar\n"
+        "write = sharding.write_tar\n"
         "def slow(*given):\n"
         "    time.sleep(0.02)\n"
         "    return write(*given)\n"
-        "shard.write_tar = slow\n"
+        "sharding.write_tar = slow\n"
         "shard.run(ShardConfig(shard_rows=1), Job(work=Path(sys.argv[1]), quiet=True))"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(killed)], env={**os.environ, "PYTHONPATH": "."})

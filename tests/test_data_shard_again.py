@@ -10,7 +10,7 @@ from typing import Any
 import pairsmaker
 import pytest
 
-from clips_data import ledger, shard, shard_index, shard_plan, tars
+from clips_data import ledger, shard, shard_index, shard_plan, sharding, tars
 from clips_data.config import ShardConfig
 from clips_data.errors import UserError
 from clips_data.executor import Job, Report
@@ -47,7 +47,7 @@ def killed_while_sorting(work: Path, monkeypatch: pytest.MonkeyPatch, **options:
 
     with monkeypatch.context() as patched:
         patched.setattr(shard_plan, "_sort", kill)
-        patched.setattr(shard, "_remove_scratch", kill)
+        patched.setattr(sharding, "_remove_scratch", kill)
         with pytest.raises(Killed):
             make(work, **options)
     assert list((work / "shards").rglob("*.arrow"))
