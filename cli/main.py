@@ -6,13 +6,14 @@ This module imports click and the standard library only, and commands are import
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, TextIO, cast
 
 import click
 
@@ -99,6 +100,36 @@ def cli() -> None:
     """
 
 
+class _Output:
+    """stdout whose reader may leave when it has seen enough (``| head``): the command ends as it would have anyway."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._discard()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._discard()
+            self._stream.flush()
+
+    def _discard(self) -> None:
+        """What is buffered and what comes goes nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
@@ -106,12 +137,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     none of these is our own mistake and is raised.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    output = _Output(sys.stdout)
+    with contextlib.redirect_stdout(cast(TextIO, output)):
+        try:
+            return _run(given)
+        finally:
+            output.flush()
+
+
+def _run(given: list[str]) -> int:
     try:
         result: Any = cli.main(args=given, prog_name="clips", standalone_mode=False)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (click.Abort, KeyboardInterrupt):
         print("clips: Interrupted. Finished work is kept; run the same command again to go on.", file=sys.stderr)
         return 130

@@ -220,7 +220,11 @@ class ShardConfig(StageConfig):
     shard_bytes: int = Field(
         0, ge=0, description="Bytes of images and captions at which a tar is full before shard_rows; 0 sets no limit."
     )
-    licence: str = Field("unknown", description="Licence that the dataset card names, as Hugging Face spells it.")
+    licence: str = Field(
+        "unknown",
+        pattern=r"^\S[^\r\n]*$",
+        description="Licence that the dataset card names in one line, as Hugging Face spells it.",
+    )
     explain: int = Field(0, ge=0, description="Removed samples to show for each filter.")
 
     @field_validator("scores", mode="before")

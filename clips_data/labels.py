@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from clips_data import executor, files, joined, ledger, locks, schema, score_table, tables
 from clips_data.config import ScoreConfig
-from clips_data.errors import UserError, did_you_mean
+from clips_data.errors import UsageError, UserError, did_you_mean
 from clips_data.executor import Job, Report
 from clips_data.files import Budget, Part
 from clips_data.table_join import MAX_TABLE_BYTES, Join, comparable
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 IDENTITIES: Final = ("key", "sha256", "url")
 """Columns that say which image a row is about, and are no labels."""
+_WITH_LABELS: Final = ("name", "labels", "label_key")
+"""What a config of labels chooses; the rest says how captions are scored."""
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _GUESSED: Final = ("csv", "tsv")
 _NUMBER: Final = r"^\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*$"
@@ -40,9 +43,11 @@ _BOOLEAN: Final = r"^\s*(?i:true|false)\s*$"
 def run(config: ScoreConfig, job: Job) -> Report:
     """Makes ``scores/<name>`` of the table ``config.labels``. Images without a row in it get nulls, and are counted.
 
-    Raises ``UserError`` where the table has no column to join by, or labels that no score can be.
+    Raises ``UserError`` where the table has no column to join by, no row for any image, or labels that no score can
+    be, and ``UsageError`` where the config also chooses how captions are scored.
     """
     assert config.labels is not None
+    _check_choices(config)
     started = time.monotonic()
     units = tuple(sorted({path.stem for path in job.only})) if job.only is not None else None
     given = joined.open_inputs(job.work, (), units=units)
@@ -74,8 +79,18 @@ def _scratch(out: Path, job: Job) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
     else:
-        with locks.scratch(out, f"labels{job.slice or ''}".replace("/", "-of-")) as path:
+        name = f"labels{job.slice or ''}".replace("/", "-of-")
+        with contextlib.ExitStack() as after, locks.scratch(out, name) as path:
+            after.callback(_remove_if_empty, out, f".{name}")
             yield path
+
+
+def _remove_if_empty(out: Path, lock: str) -> None:
+    """A table that was refused leaves no scores, so not their folder either."""
+    if all(path.name.startswith(".") for path in out.iterdir()):
+        (out / lock).unlink()
+        with contextlib.suppress(OSError):  # another slice is at work there
+            out.rmdir()
 
 
 def _join(
@@ -88,7 +103,10 @@ def _join(
     report: Report,
 ) -> None:
     join = LabelJoin(given.pairs, units, table.by, table.scratch)
-    report.facts.update(join.read(cast("CaptionTable", table)))  # of which it asks for nothing but the batches
+    facts = join.read(cast("CaptionTable", table))  # of which it asks for nothing but the batches
+    if facts["table_rows"] == facts["table_rows_unused"]:
+        _refuse_strangers(join, [unit for unit in given.units if unit not in units], table)
+    report.facts.update(facts)
     metadata = {"model": json.dumps("labels"), **{name: json.dumps(value) for name, value in about.items()}}
     left = job.limit
     for unit in units:
@@ -100,6 +118,32 @@ def _join(
         inputs = given.unit_digests(unit)
         report.add(score_table.commit(out, unit, scores, metadata=metadata, inputs=inputs, config=about))
         report.made += 1
+
+
+def _refuse_strangers(join: LabelJoin, others: list[str], table: LabelTable) -> None:
+    """Refuses a table without a row for an image of any shard, be it of another slice or finished before."""
+    label, by = table.parts[0].label, table.by
+    if table.example is None:
+        raise UserError(f"{label} has no row with a {by}, so there is nothing to join. Give it one row an image.")
+    if others:
+        scratch = table.scratch / "others"
+        scratch.mkdir()
+        facts = LabelJoin(join.pairs, others, by, scratch).read(cast("CaptionTable", table))
+        shutil.rmtree(scratch)
+        if facts["table_rows"] > facts["table_rows_unused"]:
+            return
+    known = next((key for unit in (*join.units, *others) if (key := join.example(unit)) is not None), None)
+    digits = len(schema.sample_key(0, 0))
+    is_cut = by == "key" and table.example.isdecimal() and len(table.example) < digits
+    advice = (
+        f"Keys are texts of {digits} digits: write them with their zeros."
+        if is_cut
+        else "Name the column that both have, of key, sha256 and url, with --label-key."
+    )
+    raise UserError(
+        f"No row of {label} is about an image of {join.pairs}: its first {by} is {table.example!r}, that of the pairs "
+        f"{known!r}. {advice}"
+    )
 
 
 class LabelTable:
@@ -123,6 +167,8 @@ class LabelTable:
         self.names = [name for name in names if name not in IDENTITIES]
         _check_names(self.names, self.parts[0])
         self.digest = files.fingerprint(self.parts)
+        self.example: str | None = None
+        """The first value to join by, once ``batches`` were read."""
         self._kinds: dict[str, set[str]] = {name: set() for name in self.names}
 
     def batches(self) -> Iterator[pl.DataFrame]:
@@ -142,8 +188,10 @@ class LabelTable:
                         "All files of a table of labels have the columns of the first."
                     )
                 keys = batch[self.by].to_pylist() if self.by in batch.column_names else [None] * batch.num_rows
+                known = comparable(keys, self.by)
+                self.example = self.example or next(iter(known.drop_nulls()), None)
                 yield pl.DataFrame({
-                    "key": comparable(keys, self.by),
+                    "key": known,
                     "text": pl.DataFrame(columns).select(pl.struct(self.names).struct.json_encode()).to_series(),
                 })  # fmt: skip
 
@@ -195,6 +243,22 @@ class LabelJoin(Join):
     def _keys(self, unit: str) -> tuple[pl.DataFrame, pl.Series]:
         images, keys = super()._keys(unit)
         return images, comparable(images["sha256"].to_list(), "sha256") if self.by == "sha256" else keys
+
+    def example(self, unit: str) -> str | None:
+        """What some image of a shard is joined by; ``None`` where none has it."""
+        return next(iter(self._keys(unit)[1].drop_nulls()), None)
+
+
+def _check_choices(config: ScoreConfig) -> None:
+    """A manifest that was saved with its defaults chooses nothing by them."""
+    fields = ScoreConfig.model_fields
+    chosen = [name for name in fields if name in config.model_fields_set and name not in _WITH_LABELS]
+    if strangers := [name for name in chosen if getattr(config, name) != fields[name].default]:
+        options = ", ".join("--" + name.replace("_", "-") for name in strangers)
+        raise UsageError(
+            f"{options} and --labels do not go together: labels are taken as they are, and no caption is scored. Give "
+            "each a run and a --name of its own."
+        )
 
 
 def _kinds_of_texts(series: pl.Series) -> set[str]:

@@ -52,7 +52,7 @@ def nobody_at_work(folder: Path) -> Iterator[None]:
         for path in sorted(path for pattern in (".*", "*" + _JOURNAL) for path in folder.rglob(pattern)):
             if path.is_file() and not path.is_symlink() and "log" not in path.parts[len(folder.parts) :]:
                 try:
-                    fcntl.flock(held.enter_context(path.open("r+b")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(held.enter_context(path.open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise UserError(
                         f"A clips process is at work in {path.parent} (it holds {path.name}). Nothing was removed; run "
@@ -104,10 +104,11 @@ def remove(left: list[Leftover], since: float) -> list[Path]:
         quiet_s = RUN_QUIET_S if leftover.path.parent.name == agreement_runs.FOLDER else 0.0
         if leftover.changed_at() >= since - quiet_s:
             continue  # of a stage that began in the meantime
-        if leftover.is_folder:
-            shutil.rmtree(leftover.path)
-        else:
-            leftover.path.unlink()
+        with ledger.readable_disk_errors(leftover.path.parent):
+            if leftover.is_folder:
+                shutil.rmtree(leftover.path)
+            else:
+                leftover.path.unlink()
         removed.append(leftover.path)
     for home in {path.parent for path in removed}:
         if home.exists():

@@ -50,10 +50,11 @@ def run(config: ScoreConfig, job: Job) -> Report:
 
     Writes per shard ``key, sha256`` and the fields that ``score_table`` names, null where the caption is empty or the
     image was marked as repeating an earlier one. Raises ``UserError`` when torch, the model or a caption column is
-    missing.
+    missing, and for columns that are none or named twice.
     """
     if config.labels is not None:
         return labels.run(config, job)
+    _check_columns(config.columns)
     started = time.monotonic()
     units = tuple(sorted({path.stem for path in job.only})) if job.only is not None else None
     given = joined.open_inputs(job.work, config.columns, units=units)
@@ -79,6 +80,13 @@ def run(config: ScoreConfig, job: Job) -> Report:
     report.units = [out / f"{unit}.parquet" for unit in given.units if unit in finished]
     report.seconds = time.monotonic() - started
     return report
+
+
+def _check_columns(columns: Sequence[str]) -> None:
+    if not columns:
+        raise UserError("There is nothing to score: --columns names no caption column. Name one, for example web.")
+    if repeated := [column for place, column in enumerate(columns) if column in columns[:place]]:
+        raise UserError(f"--columns has {repeated[0]!r} more than once. Name each column once.")
 
 
 def resolve_model(config: ScoreConfig) -> str:

@@ -33,17 +33,17 @@ def fields(columns: tuple[str, ...], *, sentences: bool, support: bool) -> dict[
 
 def count(table: pa.Table) -> dict[str, int]:
     """Rows by outcome. Of similarities: ``ok``, ``caption_missing`` (in some column) and ``duplicate`` (of an image
-    that repeats an earlier one, so that nothing was looked at). Of labels, which have no flags: ``ok``, ``no_label``.
+    that repeats an earlier one, so that nothing was looked at). Of labels, which the table's metadata tells by a
+    ``label_key``: ``ok``, ``no_label``.
     """
     import polars as pl
 
     rows = pl.DataFrame(pl.from_arrow(table)).drop("key", "sha256")
-    flags = [name for name in rows.columns if name.endswith(FLAGS)]
     nothing = rows.select(pl.all_horizontal(pl.all().is_null())).to_series()
-    if not flags:
+    if b"label_key" in (table.schema.metadata or {}):
         found = {"ok": (~nothing).sum(), NO_LABEL: nothing.sum()}
     else:
-        columns = [name.removesuffix(FLAGS) for name in flags]
+        columns = [name.removesuffix(FLAGS) for name in rows.columns if name.endswith(FLAGS)]
         missing = rows.select(pl.any_horizontal(pl.col(columns).is_null())).to_series() & ~nothing
         found = {"ok": (~missing & ~nothing).sum(), "caption_missing": missing.sum(), "duplicate": nothing.sum()}
     return {name: int(number) for name, number in found.items() if number}

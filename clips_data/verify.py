@@ -75,7 +75,10 @@ def verify(folder: Path, gc: bool = False, *, deep: bool = False, processes: int
     for checked in _check_all(promised, deep=deep, processes=processes, quiet=quiet):
         _add(found, checked, folder)
     homes = {path.parent for path in sidecars}
-    for path, text in _across(folder, homes):
+    unreadable = dict(_unreadable_indexes(homes))
+    found.num_files += len(unreadable)
+    found.corrupt |= {_name(home / agreement_shards.INDEX_FILE, folder): text for home, text in unreadable.items()}
+    for path, text in _across(folder, homes - set(unreadable)):
         found.contradictions.setdefault(_name(path, folder), []).append(text)
     found.missing = dict(_missing(folder, homes))
     kept = {path.parent / name for path in sidecars for name in _files_of(path, promised[path])}
@@ -206,6 +209,17 @@ def _add(found: Verified, checked: _Checked, folder: Path) -> None:
         found.contradictions.setdefault(_name(path, folder), []).append(text)
     if checked.stale is not None:
         found.stale[_name(checked.sidecar, folder)] = checked.stale
+
+
+def _unreadable_indexes(homes: set[Path]) -> Iterator[tuple[Path, str]]:
+    """Folders whose ``index.json``, which no sidecar promises, is no JSON, and why."""
+    for home in homes:
+        path = home / agreement_shards.INDEX_FILE
+        try:
+            if path.is_file():
+                json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            yield home, f"is not an index that clips wrote ({error}): delete it and run `clips shard` again"
 
 
 def _across(folder: Path, homes: set[Path]) -> Iterator[agreement.Problem]:

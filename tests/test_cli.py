@@ -421,3 +421,25 @@ def test_caption_prints_one_line_per_image(
     assert capsys.readouterr().out == "one.jpg\tfirst sees one and alt\n"
     assert main(["caption", "two.jpg"]) == 1
     assert "two.jpg is not a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["", "raise UserError('Mend it.')"])
+@pytest.mark.parametrize("num_lines", [1, 100_000])
+def test_a_reader_who_leaves_early_does_not_change_how_a_command_ends(num_lines: int, end: str) -> None:
+    """As ``clips stats | head -1``: the pipe breaks while printing, or when the last lines are flushed."""
+    code = (
+        "import sys, click; from cli import main; from clips_data.errors import UserError\n"
+        "def stats():\n"
+        "    sys.stdin.read()\n"
+        f"    for number in range({num_lines}): print('line', number)\n"
+        f"    {end}\n"
+        "main.Commands.get_command = lambda *_: click.Command('stats', callback=stats)\n"
+        "sys.exit(main.main(['stats']))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None and process.stdin is not None
+        process.stdout.close()
+        process.stdin.close()
+        said = process.stderr.read().decode()
+    assert (process.returncode, said) == ((1, "clips: Mend it.\n") if end else (0, ""))

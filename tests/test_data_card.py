@@ -141,16 +141,28 @@ def test_what_filters_removed_is_summed_over_generations_in_their_order(made: tu
     out, index = made
     where, balance = "where web.num_words >= 2 || x", "balance words.txt (cap 9)"
     index["generations"] = [
-        {"num_rows": 12, "removed": [[where, 2], [balance, 1]]}, {"num_rows": 8, "removed": [[where, 1], [balance, 0]]},
+        {"num_rows": 12, "removed": [[where, 2], [f"{where} is null", 1], [balance, 1], [f"{balance}: no concept", 0]]},
+        {"num_rows": 8, "removed": [[where, 2], [f"{where} is null", 0], [balance, 2], [f"{balance}: no concept", 0]]},
     ]  # fmt: skip
     index["dropped"] = 1
     lines = dataset_card.card(out, index).splitlines()
     start = lines.index("## What was left out")
-    assert lines[start + 4 : start + 7] == [
-        f"- `{where}`: 3 of 20 (15.0 %)",
-        f"- `{balance}`: 1 of 20 (5.0 %)",
-        "- without any caption: 1 of 20 (5.0 %)",
+    assert lines[start + 2 : start + 9] == [
+        "Of 20 images; each filter counts what the ones before it left.",
+        "",
+        f"- `{where}`: 4 of 20 (20.0 %)",
+        f"- `{where} is null`: 1 of 16 (6.2 %)",
+        f"- `{balance}`: 3 of 15 (20.0 %)",
+        "- without any caption: 1 of 12 (8.3 %)",
+        "",
     ]
+
+
+def test_a_licence_is_one_line_that_is_not_empty() -> None:
+    assert ShardConfig(licence="My Own: Terms").licence == "My Own: Terms"
+    for licence in ("", " ", "mit\n", "mit\nmalice: 1", "mit\rmit"):
+        with pytest.raises(ValueError, match="licence"):
+            ShardConfig(licence=licence)
 
 
 def test_equal_folders_have_equal_cards_wherever_they_lie(tmp_path: Path) -> None:

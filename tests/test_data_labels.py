@@ -13,10 +13,12 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from clips_data import labels, score
+from cli.main import main
+from clips_data import forget, labels, ledger, score
 from clips_data.config import ScoreConfig
-from clips_data.errors import ResumeRefused, UserError
+from clips_data.errors import ResumeRefused, UsageError, UserError
 from clips_data.executor import Job, Report
+from clips_data.forgotten import Forgotten
 
 
 def run(work: Path, table: Path, **options: Any) -> Report:
@@ -116,7 +118,65 @@ def test_tables_that_cannot_be_labels_are_refused(work: Path, content: str, mess
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         run(work, path)
-    assert not list((work / "scores" / "nsfw").glob("*.parquet*"))
+    assert not (work / "scores" / "nsfw").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("key,x\nstranger,1\n", r"No row of .*its first key is 'stranger', that of the pairs '000000000'.*--label-key"),
+        ("key,x\n0,1\n1,2\n", r"first key is '0', .*'000000000'\. Keys are texts of 9 digits: write them with their"),
+        ("key,x\n", "has no row with a key"),
+        ("key,x\n,1\n", "has no row with a key"),
+    ],
+)
+def test_a_table_about_no_image_is_refused_and_leaves_no_folder(work: Path, content: str, message: str) -> None:
+    path = work / "labels.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        run(work, path)
+    assert not (work / "scores" / "nsfw").exists()
+
+
+def test_keys_that_became_integers_are_refused(work: Path) -> None:
+    path = work / "labels.parquet"
+    pl.DataFrame({"key": [0, 1, 10000], "x": [1, 2, 3]}).write_parquet(path)
+    with pytest.raises(UserError, match="Keys are texts of 9 digits"):
+        run(work, path)
+
+
+def test_a_slice_or_a_later_run_without_a_label_is_none_of_a_strangers_table(work: Path) -> None:
+    path = work / "labels.csv"
+    path.write_text(f"key,x\n{key(0)},1\n")
+    assert run(work, path, slice="1/2").counts == {"no_label": 5}
+    assert run(work, path).counts == {"ok": 1, "no_label": 9}
+    (work / "scores" / "nsfw" / "00001.done.json").unlink()
+    assert run(work, path).counts == {"ok": 1, "no_label": 9}
+    assert rows(work)["x"].to_list()[0] == 1 and not list((work / "scores" / "nsfw").glob("_*"))
+
+
+def test_labels_may_end_like_the_fields_of_similarities(work: Path) -> None:
+    path = work / "labels.parquet"
+    pl.DataFrame({"key": [key(0), key(1)], "red_flags": ["a", None], "n": [1, 2]}).write_parquet(path)
+    assert run(work, path).counts == {"ok": 2, "no_label": 8}
+    image = ledger.digest_bytes(pairsmaker.image_bytes(1))
+    assert forget.forget(work, Forgotten(images=frozenset({image}))).found
+    sidecar = ledger.read_sidecar(work / "scores" / "nsfw", "00000")
+    assert sidecar is not None and sidecar.counts == {"ok": 1, "no_label": 3}
+
+
+def test_what_only_scoring_takes_is_refused_beside_labels(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = work / "labels.csv"
+    path.write_text(f"key,x\n{key(0)},1\n")
+    given = {"columns": ("web",), "sentences": True, "support": 2, "near_duplicates": True, "model": "x"}
+    for name, value in given.items():
+        with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')} and --labels do not go together"):
+            run(work, path, **{name: value})
+    words = ["score", "--labels", str(path), "--columns", "web", "--support", "2", "--work", str(work)]
+    assert main(words) == 2 and "--columns, --support and --labels" in capsys.readouterr().err
+    assert not (work / "scores").exists()
+    saved = ScoreConfig(labels=str(path)).model_dump()  # a manifest with all its defaults
+    assert score.run(ScoreConfig(**saved), Job(work=work, quiet=True)).counts == {"ok": 1, "no_label": 9}
 
 
 def test_lists_and_absent_files_are_refused(work: Path) -> None:

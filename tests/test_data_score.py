@@ -131,6 +131,17 @@ def test_without_torch_the_message_says_how_to_install_it(tmp_path: Path, model:
         run(pairsmaker.write_work(tmp_path), model)
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"), [(("web", "web"), "Name each column once"), ((), "names no caption column")]
+)
+def test_columns_are_some_and_each_named_once(
+    tmp_path: Path, model: str, columns: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(pairsmaker.write_work(tmp_path), model, columns=columns)
+    assert not (tmp_path / "scores").exists()
+
+
 def test_images_that_repeat_an_earlier_one_are_not_scored(tmp_path: Path, model: str) -> None:
     def change(number: int, row: pairsmaker.Row) -> None:
         if number in (4, 8):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,20 @@ def test_the_index_of_training_shards_is_compared_with_the_sidecars(
     assert any(said in text for text in verify.verify(work).contradictions["shards/index.json"])
 
 
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe"])
+def test_an_index_that_is_no_json_is_damage_and_no_contradiction(
+    work: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    intact = verify.verify(work).num_intact
+    (work / "shards" / "index.json").write_bytes(content)
+    found = verify.verify(work)
+    assert list(found.corrupt) == ["shards/index.json"] and not found.contradictions
+    assert "run `clips shard` again" in found.corrupt["shards/index.json"]
+    assert (found.num_intact, found.num_files) == (intact, intact + 1)
+    assert main(["verify", "--work", str(work)]) == 1
+    assert "1 of" in (said := capsys.readouterr().err) and "contradict" not in said
+
+
 def test_an_image_on_both_sides_of_the_heldout_split_is_told(work: Path) -> None:
     held = pl.read_parquet(work / "shards" / "heldout-00000.index.parquet")["sha256"][0]
     first = pl.when(pl.int_range(pl.len()) == 0).then(pl.lit(held)).otherwise("sha256").alias("sha256")
@@ -287,6 +302,35 @@ def test_gc_removes_folders_of_killed_runs_and_intakes_that_never_began(work: Pa
     assert all((work / name).exists() for name in kept) and verify.verify(work).orphans == []
 
 
+def test_gc_without_the_right_to_write_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a folder of its own: those of pytest can be entered by their owner only."""
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        pairsmaker.write_pairs(work)
+        with locks.locked(work / "pairs", "slicing"):
+            pass
+        paths = [work, *work.rglob("*")]
+        before = os.geteuid()
+        for path in paths:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        try:
+            if before == 0:  # root has all rights
+                os.seteuid(65534)
+            assert verify.verify(work, gc=True).removed == []
+            os.seteuid(before)
+            (work / "pairs").chmod(0o755)
+            (work / "pairs" / "00009.tar.part").write_text("x")
+            (work / "pairs").chmod(0o555)
+            if before == 0:
+                os.seteuid(65534)
+            assert main(["verify", "--gc", "--work", str(work)]) == 1
+        finally:
+            os.seteuid(before)
+            for path in paths:
+                path.chmod(0o755)
+    assert "you have no right to write there" in capsys.readouterr().err
+
+
 def test_gc_is_refused_while_a_stage_holds_a_lock_or_a_journal(work: Path) -> None:
     left = work / "shards" / "train-00009.tar.part"
     left.write_text("x")
@@ -330,4 +374,4 @@ def test_the_command_says_all_of_it(work: Path, capsys: pytest.CaptureFixture[st
     assert "pairs/00000.tar: has another content than when it was finished: member '000000000.jpg'" in out
     assert "shards/index.json: is not an index that clips wrote" in out
     assert "captions/synthetic: 1 not finished yet (00001)" in out
-    assert "1 of " in err and "contradict" in err and "not what was committed" in err
+    assert "2 of 12 files are not what was committed" in err and "contradict" not in err
