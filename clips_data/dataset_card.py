@@ -21,8 +21,8 @@ _SPLITS: Final = ("train", "heldout")
 _TASKS: Final = ("zero-shot-image-classification", "image-to-text", "text-to-image")
 _WORDS_RANKS: Final = (0.05, 0.5, 0.95)
 _SIZES: Final = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
-_RARE: Final = (" is null", ": no concept")
-"""Ends of filters' labels that are told only where something went under them, as `clips shard` does."""
+RARE: Final = (" is null", ": no concept")
+"""Ends of filters' labels that are told only where something went under them."""
 _HUB_NAME: Final = re.compile(r"[a-z0-9]+([.+-][a-z0-9]+)*")
 
 
@@ -226,7 +226,7 @@ def _removed_section(index: Mapping[str, Any]) -> list[str]:
     left = sum(generation["num_rows"] for generation in generations) or _num_samples(index) + dropped
     lines = ["## What was left out", "", f"Of {left} images; each filter counts what the ones before it left.", ""]
     for name, number in removed.items():
-        if number or not name.endswith(_RARE):
+        if number or not name.endswith(RARE):
             lines.append(f"- {_code(name)}: {_share(number, left)}")
         left -= number
     return [*lines, f"- without any caption: {_share(dropped, left)}"] if dropped else lines

@@ -191,11 +191,7 @@ def _drop_unfinished(folder: Path) -> int:
     finished = {shard["file"].removesuffix(".tar") for split in splits for shard in split["shards"]}
     units = [unit for unit in ledger.finished_units(folder) if unit not in finished]
     for unit in units:
-        sidecar = ledger.read_sidecar(folder, unit, check_files=False)
-        assert sidecar is not None
-        ledger.forget_unit(folder, unit)
-        for name in sidecar.files:
-            (folder / name).unlink(missing_ok=True)
+        ledger.remove_unit(folder, unit)
     if index is None:
         shard_index.remove(folder)
     return len(units)

@@ -197,6 +197,15 @@ def forget_unit(folder: Path, unit: str) -> None:
     fsync_folder(folder)
 
 
+def remove_unit(folder: Path, unit: str) -> None:
+    """Removes a finished unit with its files, the sidecar first; damaged files are no obstacle."""
+    sidecar = read_sidecar(folder, unit, check_files=False)
+    if sidecar is not None:
+        forget_unit(folder, unit)
+        for name in sidecar.files:
+            (folder / name).unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class Standing:
     """Which units are missing and which are finished, in the order asked, and the finished ones' rows by outcome."""

@@ -84,12 +84,9 @@ def read(folder: Path, unit: str) -> pl.DataFrame | None:
 
 def forget(folder: Path) -> bool:
     """Removes what was told beside these scores, as it may name captions that are to go; whether there was any."""
-    known = ledger.read_sidecar(folder / FOLDER, UNIT, check_files=False)
-    if known is None:
+    if ledger.read_sidecar(folder / FOLDER, UNIT, check_files=False) is None:
         return False
-    ledger.forget_unit(folder / FOLDER, UNIT)
-    for name in known.files:
-        (folder / FOLDER / name).unlink(missing_ok=True)
+    ledger.remove_unit(folder / FOLDER, UNIT)
     return True
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from clips_data import dataset_facts, executor, filters, joined, ledger, locks, shard_index
 from clips_data.config import ShardConfig
+from clips_data.dataset_card import RARE
 from clips_data.errors import ResumeRefused
 from clips_data.executor import Job, Report
 from clips_data.shard_index import Generation
@@ -22,8 +23,6 @@ from clips_data.shuffle import Sorted
 
 DROPPED: Final = "dropped_without_caption"
 PRELOAD: Final = ("polars", "pyarrow.parquet", "clips_data.sharding")
-_RARE: Final = (" is null", ": no concept")
-"""Ends of filters' labels that are told only where something went under them."""
 
 
 @dataclass
@@ -156,7 +155,8 @@ class Sharding:
                 return None
             if not plan.tars and number == len(named) - 1:  # they can still become one with shards that come later
                 return None
-            _remove(self.out, strangers)
+            for unit in strangers:
+                ledger.remove_unit(self.out, unit)
             with locks.locked(self.out):
                 shard_index.write_generations(self.out, named)
             self._write_tars(writing, plan, todo)
@@ -184,7 +184,7 @@ class Sharding:
     def _tell(self, plan: Plan) -> None:
         left = plan.num_rows
         for name, removed in plan.removed.items():
-            if not removed and name.endswith(_RARE):
+            if not removed and name.endswith(RARE):
                 continue
             self.report.notes.append(f"{name}: removed {removed} of {left}")
             left -= removed
@@ -240,16 +240,6 @@ def _write_planned(tar: Tar, order: Mapping[str, Sorted], writing: Writing) -> i
     """Is sent to a worker with each tar, so it takes the order and not the whole plan, which names all tars."""
     write_tar(order[tar.split].rows(tar.first_row, tar.num_rows), tar.unit, writing)
     return tar.num_rows
-
-
-def _remove(out: Path, units: list[str]) -> None:
-    """Removes finished tars, the sidecars first."""
-    for unit in units:
-        sidecar = ledger.read_sidecar(out, unit, check_files=False)
-        assert sidecar is not None
-        ledger.forget_unit(out, unit)
-        for name in sidecar.files:
-            (out / name).unlink(missing_ok=True)
 
 
 def _make_scratch(scratch: Path) -> None:

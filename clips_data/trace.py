@@ -206,5 +206,5 @@ def _made(work: Path, folder: Path, key: str, row: Mapping[str, Any] | None) -> 
         step["made_by"] = _metadata(work / step["where"])
         _check_inputs(work, folder, step, key, row)
     elif row is not None and row["status"] != schema.STATUS_SUCCESS:
-        step["absent"] = "the download failed, so there is no image"
+        step["absent"] = trace_shards.no_image(row)
     return step

@@ -15,6 +15,7 @@ from clips_data.forget_plan import inputs_of_shards, shard_folders, tables
 from clips_data.forget_traces import seen_by, shown_in
 from clips_data.forgotten import forgotten
 from clips_data.mixing import Mix
+from clips_data.rewrite import FORGOTTEN
 from clips_data.shard_index import INDEX_FILE
 
 Step = dict[str, Any]
@@ -116,13 +117,20 @@ def _choice(config: ShardConfig, key: str, about: Mapping[str, Any]) -> Step:
     return {"column": choice.column, "outcome": choice.outcome, "draw": choice.draw, "rule": rule, "why": why}
 
 
+def no_image(row: Mapping[str, Any]) -> str:
+    """Why a row of the pairs, which did not succeed, is nowhere else."""
+    if row["code"] == FORGOTTEN:
+        return "it was removed by `clips forget`"
+    return "the download failed, so there is no image"
+
+
 def _why_absent(work: Path, folder: Path, key: str, row: Mapping[str, Any] | None, texts: Mapping[str, str]) -> str:
     if not (folder / INDEX_FILE).exists():
         return "it is in none of the tars here, and not all of them are finished"
     if row is None:
         return "it is in none of the tars here"
     if row["status"] != schema.STATUS_SUCCESS:
-        return "the download failed, so there is no image"
+        return no_image(row)
     marked = duplicates.read(work / schema.PAIRS)
     repeats = marked.filter(marked["key"] == key)["duplicate_of"].to_list() if marked is not None else []
     if repeats:

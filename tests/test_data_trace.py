@@ -245,6 +245,7 @@ def test_runs_are_known_also_after_other_samples_were_forgotten(work: Path) -> N
     assert [run["run"] for run in found["runs"] if run["shards"]] == ["runs/first"] and found["problems"] == []
     gone = traced(work, 0)
     assert gone["list"]["row"]["code"] == "forgotten" and gone["list"]["row"]["url"] is None
+    assert gone["shards"][0]["absent"] == "it was removed by `clips forget`"
 
 
 def test_files_of_runs_that_name_the_key_are_listed(work: Path) -> None:
