@@ -117,10 +117,10 @@ class Filters:
         known, example = _known(given, units), _example(given, units)
         filters = replace(filters, known=known)
         for text in config.where:
-            condition = expressions.compiled(text, _alike(known, example), option="--where", kind="condition")
+            condition = expressions.compiled(text, alike(known, example), option="--where", kind="condition")
             filters = filters._and(Where(condition))
         if config.keep_top is not None:
-            by = expressions.compiled(config.by, _alike(known, example), option="--by", kind="number")
+            by = expressions.compiled(config.by, alike(known, example), option="--by", kind="number")
             run = functools.partial(filters._passes, units, by.columns, num_processes)
             filters = filters._and(keep_top.find(by, config.keep_top, config.seed, run))
         if config.balance is not None:
@@ -162,7 +162,7 @@ class Filters:
     def _view(self, unit: str, further: Sequence[str] = ()) -> pl.DataFrame:
         assert self.known is not None
         wanted = {*self.columns, *further}
-        return _alike(
+        return alike(
             self.known.select("key", "sha256", *sorted(wanted - {"key", "sha256"})), self.given.view(unit, wanted)
         )
 
@@ -244,13 +244,18 @@ _NEAR_DUPLICATE: Final = "near_duplicate_of"
 
 def _known(given: joined.Inputs, units: Sequence[str]) -> pl.DataFrame:
     """A view without rows that has what the view of any shard has: lists differ in their columns, labels may too."""
-    folders = [given.pairs, *(path for name, path in given.folders.items() if name.startswith(schema.SCORES))]
     kinds: dict[tuple[Any, ...], pl.DataFrame] = {}
     for unit in units:
-        kind = tuple(tuple(measure.columns_of(folder / f"{unit}.parquet").items()) for folder in folders)
+        kind = kind_of(given, unit)
         if kind not in kinds:
             kinds[kind] = given.view(unit).clear()
-    return functools.reduce(_alike, kinds.values())
+    return functools.reduce(alike, kinds.values())
+
+
+def kind_of(given: joined.Inputs, unit: str) -> tuple[Any, ...]:
+    """The columns of a shard's tables of pairs and scores: views of shards of one kind have the same columns."""
+    folders = [given.pairs, *(path for name, path in given.folders.items() if name.startswith(schema.SCORES))]
+    return tuple(tuple(measure.columns_of(folder / f"{unit}.parquet").items()) for folder in folders)
 
 
 def _example(given: joined.Inputs, units: Sequence[str]) -> pl.DataFrame:
@@ -263,7 +268,7 @@ def _example(given: joined.Inputs, units: Sequence[str]) -> pl.DataFrame:
     return view
 
 
-def _alike(known: pl.DataFrame, view: pl.DataFrame) -> pl.DataFrame:
+def alike(known: pl.DataFrame, view: pl.DataFrame) -> pl.DataFrame:
     """``view`` with nulls where it lacks what is known, and in wider types where others need these."""
     import polars as pl
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from clips_data import draws, joined, pick_sources
+from clips_data import draws, filters, joined, pick_sources
 from clips_data.errors import UserError, did_you_mean
 from clips_data.expressions import Expression, compiled
 from clips_data.pick_sources import Source
@@ -92,7 +92,7 @@ def pick(folder: Path, wanted: Wanted) -> Picks:
     for unit in source.units:
         table = source.table(unit)
         picks.num_rows += len(table)
-        left = rules.left(pick_sources.alike(rules.known, table))
+        left = rules.left(filters.alike(rules.known.clear(), table))
         picks.num_left += len(left)
         fitting = rules.fitting(left)
         picks.num_fitting += len(fitting)

@@ -6,13 +6,14 @@ A table has ``key``, ``sha256``, ``url``, a struct for each caption column (``ca
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from clips_data import joined, ledger, measure, schema, shard_samples, tars
+from clips_data import filters, joined, ledger, schema, shard_samples, tars
 from clips_data.diff_sides import finished_columns
 from clips_data.errors import UserError
 from clips_data.shard_samples import Shards
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from clips_data.joined import Inputs
 
 SCORE: Final = "score"
-SCORES: Final = f"{schema.SCORES}/"
 _DEFAULT_SCORES: Final = "clip"
 _SOME_ROWS: Final = 1000
 
@@ -74,13 +74,6 @@ def open_source(folder: Path) -> Source:
     return WorkSource(given, columns)
 
 
-def alike(known: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
-    """``table`` with nulls where it lacks what is known."""
-    import polars as pl
-
-    return pl.concat([known.clear(), table], how="diagonal_relaxed")
-
-
 def _finished_scores(work: Path, units: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the scores that all shards have, the default ones first: these are what ``score`` means."""
     parent = work / schema.SCORES
@@ -105,15 +98,12 @@ class WorkSource:
 
     def known(self) -> pl.DataFrame:
         """Lists differ in their columns, and labels in their fields."""
-        import polars as pl
-
-        folders = [self.given.pairs, *(path for name, path in self.given.folders.items() if name.startswith(SCORES))]
         some: dict[tuple[Any, ...], pl.DataFrame] = {}
         for unit in self.units:
-            kind = tuple(tuple(measure.columns_of(folder / f"{unit}.parquet").items()) for folder in folders)
+            kind = filters.kind_of(self.given, unit)
             if kind not in some or some[kind].is_empty():
                 some[kind] = self.table(unit).head(_SOME_ROWS)
-        return pl.concat(some.values(), how="diagonal_relaxed")
+        return functools.reduce(filters.alike, some.values())
 
     def table(self, unit: str) -> pl.DataFrame:
         import polars as pl

@@ -209,12 +209,12 @@ def unknown_member(work: Path) -> Path:
 
 @case(r"00001\.tar .* at byte \d+ member '000010009\.pyd' has an unknown extension", *READERS)
 def pickle_member_pyd(work: Path) -> Path:
-    return insert(tar_of(work), info("000010009.pyd"), content=b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
+    return insert(tar_of(work), info("000010009.pyd"), content=b"cos\nsystem\n(S'touch pwned'\ntR.")
 
 
 @case(r"00001\.tar .* at byte \d+ member '000010009\.pkl' has an unknown extension", *READERS)
 def pickle_member_pkl(work: Path) -> Path:
-    return insert(tar_of(work), info("000010009.pkl"), content=b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
+    return insert(tar_of(work), info("000010009.pkl"), content=b"cos\nsystem\n(S'touch pwned'\ntR.")
 
 
 @case(r"00001\.tar .* at byte \d+ member '000010009\.pth' has an unknown extension", *READERS)
