@@ -1,4 +1,7 @@
-"""Demo world only: how many facts our captioner gets right, beside the MLLM whose captions it learned from."""
+"""What the truth of the demo world adds to ``clips eval``: dense queries, and how many facts our captioner gets right.
+
+It is shown beside the MLLM whose captions it learned from.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,14 @@ from typing import Any
 from . import present
 
 CAPTIONS, FACTS = "captions.jsonl", "facts.json"
+
+
+def dense_texts(about: Mapping[str, Any]) -> list[str] | None:
+    """The true description of the scene that a sample shows, from its ``.json`` member; ``None`` for other worlds."""
+    from clips_data.demo import scenes, truth
+
+    scene = (about.get("extra") or {}).get("scene")
+    return None if scene is None else [scenes.describe(truth.scene_named(scene))]
 
 
 def score_run(run: Path, *, quiet: bool) -> dict[str, float]:

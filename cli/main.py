@@ -26,6 +26,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "score": (".commands", "Score how well each caption column fits its image."),
     "shard": (".commands", "Split captions, mix columns and write training shards."),
     "convert": (".convert", "Write training shards as parquet, jsonl, csv, or for other trainers."),
+    "embed": (".commands", "Store what teacher models see in the shards, to distil from."),
     "train": (".commands", "Train a CLIPS encoder and captioner on the shards."),
     "eval": (".commands", "Score a trained run on the held-out shards."),
     "export": (".commands", "Export a trained run to a folder that open_clip loads."),

@@ -111,11 +111,18 @@ class ConfigCommand(LazyCommand):
             raise click.UsageError(self._refusal(first, what_is_right(first)), context) from None
 
     def _refusal(self, error: Any, right: str) -> str:
+        from .values import nearest_inside
+
         name = str(error["loc"][0]) if error["loc"] else ""
         if error["type"] == "missing":
-            return f"{self._spelt(name)} is missing."
+            if len(error["loc"]) == 1:
+                return f"{self._spelt(name)} is missing."
+            return f"{self._spelt(name)}: {error['input']!r} has no {error['loc'][-1]!r}."
         if not name:
             return f"These options do not go together: {right}."
+        if error["type"] == "extra_forbidden":
+            key = str(error["loc"][-1])
+            return f"{self._spelt(name)} has no key {key!r}. {nearest_inside(load(self.config), key)}"
         value = error["input"]
         return f"{self._spelt(name)} is {value if isinstance(value, str) else repr(value)}; {right}."
 

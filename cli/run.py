@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from . import present
+from . import arms, present
 from .options import LazyCommand, common_options
 from .stages import STAGES
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from clips_data.recaption.forecast import Forecast
     from clips_data.sample import Sample
 
+    from .arms import Run
     from .manifest import Manifest
     from .stamps import Standing
 
@@ -32,7 +33,8 @@ EXAMPLES: Final = {
     "status": "clips status quickstart",
 }
 ABOUT: Final = {
-    "run": "Running it again goes on where it stopped. Outputs are under the manifest's `work`, or under --work.",
+    "run": "Running it again goes on where it stopped. Outputs are under the manifest's `work`, or under --work. Where "
+    "it has `arms`, every arm and seed becomes a run, whose figures go into its results file and the table at the end.",
     "plan": "Nothing is written. Some URLs are tried where a download is to run, some rows captioned where pairs "
     "wait for captions. A stage after a changed one is done again only where its inputs differ.",
     "status": "Counts, sizes and times of what is finished so far.",
@@ -51,6 +53,7 @@ def build(name: str, summary: str) -> click.Command:
                 metavar="STAGE.KEY=VALUE",
                 help="Override one value of the manifest; may be repeated.",
             ),
+            *arms.options(),
             *(_plan_options() if name == "plan" else []),
             *common_options(COMMON[name]),
         ],
@@ -85,7 +88,15 @@ def _plan_options() -> list[click.Parameter]:
     ]
 
 
-def run(manifest: str, settings: Sequence[str], as_json: bool, debug: bool, **given: Any) -> None:
+def run(
+    manifest: str,
+    settings: Sequence[str],
+    only_arms: str | None,
+    only_seeds: str | None,
+    as_json: bool,
+    debug: bool,
+    **given: Any,
+) -> None:
     """Does the stages in order. Every stage decides by its own ledger what is missing."""
     from clips_data.executor import stop_on_sigterm
 
@@ -93,11 +104,15 @@ def run(manifest: str, settings: Sequence[str], as_json: bool, debug: bool, **gi
     from .options import job_from
 
     resolved = load_manifest(manifest, settings, given["work"])
+    runs = arms.chosen(resolved, arms.runs_of(resolved), only_arms, only_seeds)
     job = job_from({**given, "work": resolved.work})
     if job.dry_run:
-        show_plan(resolved, as_json=as_json)
+        show_plan(resolved, runs, as_json=as_json)
         return
     stop_on_sigterm()
+    if runs:
+        arms.do_runs(resolved, runs, job, as_json=as_json)
+        return
     save_resolved(resolved)
     done = [do_stage(resolved, stage, job) for stage in resolved.stages]
     if as_json:
@@ -139,6 +154,8 @@ def save_resolved(manifest: Manifest) -> Path:
 def plan(
     manifest: str,
     settings: Sequence[str],
+    only_arms: str | None,
+    only_seeds: str | None,
     sample: int,
     gpus: int,
     price: float | None,
@@ -148,11 +165,23 @@ def plan(
 ) -> None:
     from .manifest import load_manifest
 
-    show_plan(load_manifest(manifest, settings, work), as_json=as_json, sample=sample, gpus=gpus, price=price)
+    resolved = load_manifest(manifest, settings, work)
+    runs = arms.chosen(resolved, arms.runs_of(resolved), only_arms, only_seeds)
+    show_plan(resolved, runs, as_json=as_json, sample=sample, gpus=gpus, price=price)
 
 
-def show_plan(manifest: Manifest, *, as_json: bool, sample: int = 0, gpus: int = 1, price: float | None = None) -> None:
+def show_plan(
+    manifest: Manifest,
+    runs: Sequence[Run],
+    *,
+    as_json: bool,
+    sample: int = 0,
+    gpus: int = 1,
+    price: float | None = None,
+) -> None:
     """Prints what would run and why. What comes after a stage that is to run waits for it.
+
+    Of an experiment these are the stages that all its runs share, and then the ``runs``.
 
     Where a download is to run, ``sample`` of its URLs are tried first; where captions are to be made of pairs that are
     there, ``sample`` rows are captioned.
@@ -160,7 +189,9 @@ def show_plan(manifest: Manifest, *, as_json: bool, sample: int = 0, gpus: int =
     from . import stamps
 
     rows, waits_for = [], ""
-    for stage in manifest.stages:
+    of_runs = arms.standings(manifest, runs)
+    needed = not of_runs or any(row["what"] != arms.FINISHED for row in of_runs)
+    for stage in manifest.stages if needed else ():
         now = stamps.standing(manifest, manifest.work, stage)
         would_run = now.state != "finished"
         why = f"{now.state}: {now.why}" if would_run else now.why
@@ -179,9 +210,11 @@ def show_plan(manifest: Manifest, *, as_json: bool, sample: int = 0, gpus: int =
         found: dict[str, Any] = {"name": manifest.name, "work": str(manifest.work), "stages": rows}
         found["sample"] = {**asdict(tried), "estimated_s": tried.estimated_s} if tried else None
         found["recaption"] = forecast.as_dict(gpus, price) if forecast else None
-        present.print_json(found)
+        present.print_json({**found, "arms": of_runs} if of_runs else found)
     else:
-        print(present.table(rows, ("stage", "what", "rows in", "rows", "bytes", "folder", "why")))
+        if rows:
+            print(present.table(rows, ("stage", "what", "rows in", "rows", "bytes", "folder", "why")))
+        arms.show_standings(of_runs)
         for line in [*(tried.lines() if tried else []), *(forecast.lines(gpus, price) if forecast else [])]:
             print(line)
 
@@ -214,21 +247,32 @@ def _try_sample(config: Any, num_rows: int) -> Sample | None:
     return measure(config, num_rows)
 
 
-def status(manifest: str, settings: Sequence[str], as_json: bool, debug: bool, work: Path | None) -> None:
+def status(
+    manifest: str,
+    settings: Sequence[str],
+    only_arms: str | None,
+    only_seeds: str | None,
+    as_json: bool,
+    debug: bool,
+    work: Path | None,
+) -> None:
     """Prints where every stage stands."""
     from . import stamps
     from .manifest import load_manifest
 
     resolved = load_manifest(manifest, settings, work)
+    of_runs = arms.standings(resolved, arms.chosen(resolved, arms.runs_of(resolved), only_arms, only_seeds))
     rows = []
     for stage in resolved.stages:
         now = stamps.standing(resolved, resolved.work, stage)
         row = _row(now, now.state, now.seconds)
         rows.append({**row, "units": now.num_units or None, "bytes": present.bytes_text(now.num_bytes)})
     if as_json:
-        present.print_json({"name": resolved.name, "work": str(resolved.work), "stages": rows})
+        found = {"name": resolved.name, "work": str(resolved.work), "stages": rows}
+        present.print_json({**found, "arms": of_runs} if of_runs else found)
     else:
         print(present.table(rows, ("stage", "what", "units", "rows", "bytes", "seconds", "folder")))
+        arms.show_standings(of_runs)
 
 
 def _row(standing: Standing, what: str, seconds: float | None) -> dict[str, Any]:

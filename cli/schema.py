@@ -21,9 +21,15 @@ def manifest_schema() -> dict[str, Any]:
     for name, stage in STAGES.items():
         schema = stage.config_class.model_json_schema(ref_template="#/$defs/{model}")
         definitions.update(schema.pop("$defs", {}))
-        schema.pop("required", None)  # what a manifest leaves out may come from --set
+        schema.pop("required", None)  # what a manifest leaves out may come from --set, or from an arm
         schema["type"] = ["object", "null"]
-        stages[name] = {"description": stage.about, **schema}
+        definitions[name] = {"description": stage.about, **schema}
+        stages[name] = {"$ref": f"#/$defs/{name}"}
+    arm = {
+        "expected": {"type": "string", "description": "What others published of this variant, for the table."},
+        "core": {"type": "boolean", "default": False, "description": "Whether --arms core takes it."},
+        **{name: stages[name] for name, stage in STAGES.items() if stage.of_run},
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "clips manifest",
@@ -35,6 +41,27 @@ def manifest_schema() -> dict[str, Any]:
             "name": {"type": "string", "pattern": NAME_PATTERN, "description": "Name of the run under runs/."},
             "work": {"type": "string", "default": ".", "description": "Work folder, from the current folder."},
             "stages": {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": stages},
+            "arms": {
+                "description": "Variants to compare: what each changes in a run's stages. Each is run with every seed.",
+                "type": "object",
+                "minProperties": 1,
+                "propertyNames": {"pattern": NAME_PATTERN},
+                "additionalProperties": {"type": ["object", "null"], "additionalProperties": False, "properties": arm},
+            },
+            "seeds": {
+                "description": "Training seeds of every arm.",
+                "type": "array",
+                "items": {"type": "integer", "minimum": 0},
+                "minItems": 1,
+                "uniqueItems": True,
+                "default": [0],
+            },
+            "results": {
+                "description": "File of the arms' figures, from the manifest's folder; the table is beside it as .md. "
+                "Without it: results/NAME.json in the work folder.",
+                "type": "string",
+                "pattern": r"\.json$",
+            },
         },
         "$defs": definitions,
     }

@@ -20,6 +20,7 @@ DATA_OPTIONS: Final = (
 )  # fmt: skip
 DOWNLOAD_OPTIONS: Final = (*DATA_OPTIONS[:5], "executor", "append", "retry", *DATA_OPTIONS[5:])
 RECAPTION_OPTIONS: Final = (*DATA_OPTIONS[:5], "executor", "budget", *DATA_OPTIONS[5:])
+EMBED_OPTIONS: Final = tuple(name for name in DATA_OPTIONS if name != "processes")
 RUN_OPTIONS: Final = ("work", "out", "overwrite", "dry-run", "json", "debug", "quiet")
 IN_RUN_OPTIONS: Final = ("work", "overwrite", "dry-run", "json", "debug", "quiet")
 DEFAULT_RUN: Final = "default"
@@ -59,6 +60,31 @@ class Stage:
         return job.out or job.work / self.folder(config, run)
 
 
+def _call_embed(stage: Stage, config: Any, job: Job, run: str) -> Report:
+    import contextlib
+
+    from clips_data import locks
+    from clips_data.executor import Report, parse_slice
+
+    started = time.monotonic()
+    out = stage.output(config, job, run)
+    with contextlib.nullcontext() if job.dry_run else locks.alone(out, "embedding", job.slice):
+        done = load(stage.entry)(
+            config,
+            shards=job.only[0].parent if job.only else job.work / "shards",
+            out=out,
+            runs=job.work / "runs",
+            only=[path.name.removesuffix(".tar") for path in job.only] if job.only else None,
+            part=parse_slice(job.slice),
+            limit=job.limit,
+            overwrite=job.overwrite,
+            dry_run=job.dry_run,
+            quiet=job.quiet,
+        )
+    seconds = time.monotonic() - started
+    return Report(stage.name, done.files, done.made, done.skipped, dict(done.counts), done.facts, seconds=seconds)
+
+
 def _call_train(stage: Stage, config: Any, job: Job, run: str) -> Report:
     started = time.monotonic()
     shards = job.only[0].parent if job.only else job.work / "shards"
@@ -77,13 +103,17 @@ def _call_on_run(stage: Stage, config: Any, job: Job, run: str) -> Report:
     out = stage.output(config, job, run)
     if job.dry_run:
         return _dry(stage, out)
-    talk = {"quiet": job.quiet} if stage.name == "eval" else {}
-    facts = load(stage.entry)(config, run=folder, shards=shards, overwrite=job.overwrite, **talk)
-    report = _report(stage, [out], facts, started)
-    if stage.name == "eval":
-        from .facts import score_run
+    if stage.name != "eval":
+        facts = load(stage.entry)(config, run=folder, shards=shards, overwrite=job.overwrite)
+        return _report(stage, [out], facts, started)
+    from .facts import dense_texts, score_run
 
-        report.facts.update(score_run(folder, quiet=job.quiet))
+    derived = {"dense": dense_texts}
+    facts = load(stage.entry)(
+        config, run=folder, shards=shards, overwrite=job.overwrite, quiet=job.quiet, derived=derived
+    )
+    report = _report(stage, [out], facts, started)
+    report.facts.update(score_run(folder, quiet=job.quiet))
     return report
 
 
@@ -125,13 +155,24 @@ def _recaption_reads(config: Any, run: str) -> list[str]:
 
 
 def _model(config: Any, packaged: str) -> dict[str, Path]:
-    """The model's folder, when it is one: the packaged weights, or a path with or without ``local-dir:``."""
+    """The model's folder, when it is one."""
+    path = _model_path(config.model, packaged)
+    return {"model": path} if path.exists() else {}
+
+
+def _model_path(name: str, packaged: str) -> Path:
+    """The packaged weights, or a path with or without ``local-dir:``, whether it is there or not."""
     import clips_data
 
-    if config.model == "demo":
-        return {"model": Path(clips_data.__file__).parent / "demo" / "weights" / packaged}
-    path = Path(config.model.removeprefix("local-dir:"))
-    return {"model": path} if path.exists() else {}
+    if name == "demo":
+        return Path(clips_data.__file__).parent / "demo" / "weights" / packaged
+    return Path(name.removeprefix("local-dir:"))
+
+
+def _teachers(config: Any) -> dict[str, Path]:
+    """Their folders, of those that are folders."""
+    paths = {f"model {number}": _model_path(name, "clip") for number, name in enumerate(config.model)}
+    return {name: path for name, path in paths.items() if path.exists()}
 
 
 def _recaption_watches(config: Any) -> dict[str, Path]:
@@ -199,11 +240,26 @@ STAGES: Final[dict[str, Stage]] = {
             example="clips shard --where 'score.web >= 0.2 AND pairs.width >= 200' --split sentence --web-ratio 0.8",
         ),
         Stage(
+            "embed",
+            "clips_train.config:EmbedConfig",
+            "clips_train.embed:embed",
+            folder=lambda config, run: f"embeddings/{config.name}",
+            reads=lambda config, run: [
+                "shards",
+                *(f"runs/{name.removeprefix('run:')}" for name in config.model if name.startswith("run:")),
+            ],
+            watches=_teachers,
+            about="`clips train --teacher NAME` distils from it. Several --model are an ensemble, as MobileCLIP's.",
+            example="clips embed --name two --model ViT-L-14:openai --model ViT-L-14:datacomp_xl_s13b_b90k",
+            options=EMBED_OPTIONS,
+            call=_call_embed,
+        ),
+        Stage(
             "train",
             "clips_train.config:TrainConfig",
             "clips_train.train:train",
             folder=lambda config, run: f"runs/{run}",
-            reads=lambda config, run: ["shards"],
+            reads=lambda config, run: ["shards", *([f"embeddings/{config.teacher}"] if config.teacher else [])],
             about="A stopped run goes on from its last checkpoint when the same command is given again.",
             example="clips train --name first --size tiny --image-px 96 --samples 20000 --batch 64",
             options=RUN_OPTIONS,
@@ -216,7 +272,7 @@ STAGES: Final[dict[str, Stage]] = {
             "clips_train.evals.run:evaluate",
             folder=lambda config, run: f"runs/{run}/eval",
             reads=lambda config, run: ["shards", f"runs/{run}"],
-            about="Retrieval both ways and the captioner's texts on the held-out shards.",
+            about="Retrieval both ways, by each set of queries, and the captioner's texts on the held-out shards.",
             example="clips eval --name first --work quickstart",
             options=IN_RUN_OPTIONS,
             call=_call_on_run,

@@ -101,6 +101,12 @@ def stamp(manifest: Manifest, work: Path, stage: str, report: Report) -> None:
         )
 
 
+def facts_of(manifest: Manifest, work: Path, stage: str) -> dict[str, Any]:
+    """What ``stage`` reported when it finished."""
+    made = json.loads((work / FOLDER / f"{_unit(manifest, stage)}.json").read_text())
+    return dict(made["facts"])
+
+
 def _made(manifest: Manifest, work: Path, stage: str) -> dict[str, int]:
     """Bytes of each finished file of ``stage``, by its name in the stage's folder or, elsewhere, in the work folder."""
     config = manifest.stages[stage]
@@ -162,7 +168,7 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
 def _unit(manifest: Manifest, stage: str) -> str:
     """The stamp's name: one for every folder that the stage may write under one work folder."""
     folder = STAGES[stage].folder(manifest.stages[stage], manifest.run_of(stage))
-    variant = {"recaption": folder, "score": folder}.get(stage)
+    variant = {"recaption": folder, "score": folder, "embed": folder}.get(stage)
     if STAGES[stage].of_run:
         return f"{stage}-{manifest.run_of(stage)}"
     return f"{stage}-{variant.rpartition('/')[2]}" if variant else stage

@@ -86,7 +86,7 @@ def default_text(field: FieldInfo) -> str:
         return NONE_WORD
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, tuple | list) and kind_of(field).form == "list":
+    if isinstance(value, tuple | list) and kind_of(field).form in ("list", "lines"):
         return ",".join(str(item) for item in value)
     if kind_of(field).form == "yaml":
         return _as_json(value)
@@ -111,6 +111,14 @@ def validated(config: type[BaseModel], values: Mapping[str, Any]) -> BaseModel:
         for name, value in values.items()
     }
     return config.model_validate(plain)
+
+
+def nearest_inside(config: type[BaseModel], key: str) -> str:
+    """The known key inside of a config's values that is most like ``key``, as a sentence."""
+    from clips_data.errors import did_you_mean
+
+    inner = config.model_json_schema().get("$defs", {})
+    return did_you_mean(key, [known for about in inner.values() for known in about.get("properties", {})])
 
 
 def what_is_right(error: Mapping[str, Any]) -> str:

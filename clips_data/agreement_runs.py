@@ -5,28 +5,46 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 from clips_data import ledger, schema
 
 FOLDER: Final = "checkpoints"
-_WEIGHTS, _STATE, _ABOUT = "model.safetensors", "state.pt", "checkpoint.json"
+_WEIGHTS, _STATE, _ABOUT = "model.safetensors", "state", "checkpoint.json"
+_OLDER_STATE = "state.pt"
 
 
 def compare(run: Path) -> Iterator[tuple[Path, str]]:
     """The files of checkpoints that are missing, cut or damaged, each with what is wrong. Nothing is unpickled."""
+    for begun in [*sorted(run.glob("stages/*")), run]:
+        yield from _compare(begun)
+
+
+def _compare(run: Path) -> Iterator[tuple[Path, str]]:
     pointer = run / FOLDER / "latest"
     if pointer.is_file() and not (named := pointer.parent / pointer.read_text(errors="replace").strip()).is_dir():
         yield pointer, f"names {named.name}, which is not there"
     for folder in sorted((run / FOLDER).glob("step-*")):
         if folder.name.endswith(ledger.PART):
             continue
-        for name, problem_of in ((_WEIGHTS, _of_weights), (_STATE, _of_state), (_ABOUT, _of_about)):
-            path = folder / name
+        for path, problem_of in _files(folder):
             if reason := problem_of(path) if path.is_file() else "is missing":
                 yield path, reason
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, Callable[[Path], str | None]]]:
+    """What a checkpoint must have, and what else of its tensors it has, each with what finds its damage."""
+    yield folder / _WEIGHTS, _of_weights
+    yield folder / _ABOUT, _of_about
+    yield from ((path, _of_weights) for path in sorted(folder.glob("ema.safetensors")))
+    older, state = folder / _OLDER_STATE, folder / _STATE
+    shards = sorted(state.glob("*.safetensors"))
+    if shards:
+        yield from ((path, _of_weights) for path in shards)
+    else:
+        yield (older, _of_state) if older.exists() or not state.is_dir() else (state / "*.safetensors", _of_weights)
 
 
 def _of_weights(path: Path) -> str | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from clips_data import (
     duplicates,
+    embeddings,
     forget_traces,
     ledger,
     locks,
@@ -129,7 +130,7 @@ def _outcome(work: Path, plan: Plan) -> Outcome:
 
 def _carry_out(work: Path, plan: Plan) -> Outcome:
     pairs, gone, outcome = work / schema.PAIRS, set(plan.keys), _outcome(work, plan)
-    if num_files := forget_traces.remove_unfinished([pairs, *tables(work), *shard_folders(work)]):
+    if num_files := forget_traces.remove_unfinished(_stage_folders(work)):
         outcome.notes.append(f"{num_files} files of unfinished work were removed: nothing tells whose rows they hold.")
     forget_traces.clean_logs(work, forgotten(pairs))
     for unit in _still_finished(pairs, plan.touched[schema.PAIRS]):
@@ -152,11 +153,15 @@ def _carry_out(work: Path, plan: Plan) -> Outcome:
             lineage[plan.shards[name]] = rewrite.index_of_shards(folder, work)
         if num_tars := _drop_unfinished(folder):
             outcome.notes.append(f"{name}/ was not finished, so {num_tars} tars were removed: run `clips shard` again.")
+    for folder in embeddings.folders(work):
+        for unit in _still_finished(folder, plan.touched.get(folder.relative_to(work).as_posix(), [])):
+            rewrite.features_unit(folder, unit, gone)
+        embeddings.refresh_index(folder, lineage)
     if gone and (work / schema.COMPARE).is_dir():
         shutil.rmtree(work / schema.COMPARE)
         outcome.notes.append(f"{schema.COMPARE}/ was removed, as its pages show images. Run `clips compare` again.")
     renamed = _renamed(work, plan)
-    for folder in (*tables(work), *shard_folders(work)):
+    for folder in _stage_folders(work)[1:]:
         for unit in ledger.finished_units(folder):
             rewrite.rename_inputs(folder, unit, renamed)
         for path in journals(folder):
@@ -165,6 +170,11 @@ def _carry_out(work: Path, plan: Plan) -> Outcome:
     (pairs / PLAN).unlink()
     ledger.fsync_folder(pairs)
     return outcome
+
+
+def _stage_folders(work: Path) -> list[Path]:
+    """The pairs first, then all that is made of them, but for runs."""
+    return [work / schema.PAIRS, *tables(work), *shard_folders(work), *embeddings.folders(work)]
 
 
 def _still_finished(folder: Path, units: list[str]) -> list[str]:

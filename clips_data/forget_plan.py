@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from clips_data import duplicates, joined, ledger, rewrite, schema, shard_index, tars
+from clips_data import duplicates, embeddings, joined, ledger, rewrite, schema, shard_index, tars
 from clips_data.errors import UserError
 from clips_data.forget_traces import SeenBy, seen_by
 from clips_data.forgotten import Forgotten, forgotten, url_digest
@@ -28,7 +28,7 @@ class Plan:
     touched: dict[str, list[str]]
     """Folder → its units that hold some of the keys."""
     digests: dict[str, dict[str, str]]
-    """Folder of pairs, captions or scores → unit → digest, before anything was changed."""
+    """Folder of pairs, captions, scores or ``shards/`` → unit → digest, before anything was changed."""
     unit_sets: list[list[str]]
     """Sets of pairs units that training shards may have been made from, and for each …"""
     inputs: list[dict[str, str]]
@@ -131,6 +131,13 @@ def draw_plan(work: Path, matching: Matching) -> Plan:
     for name, units in touched.items():
         _check_intact(work / name, units)
     every = list(digests[schema.PAIRS])
+    digests[schema.SHARDS] = ledger.digests_of(work / schema.SHARDS)
+    for folder in embeddings.folders(work):
+        name = folder.relative_to(work).as_posix()
+        files = {unit: folder / (unit + embeddings.SUFFIX) for unit in ledger.finished_units(folder)}
+        keys_of = {unit: set(embeddings.read(file).keys()) for unit, file in files.items()}
+        touched[name] = [unit for unit, keys in keys_of.items() if gone & keys]
+        removed[name] = sum(len(gone & keys) for keys in keys_of.values()), sum(map(len, keys_of.values()))
     # Folders that tell their generations were made from these; older ones from all shards, or those of their samples.
     unit_sets = [units for units in (every, sorted(used.intersection(every)), *generations) if units]
     unit_sets = [units for units in unit_sets if digests[schema.PAIRS].keys() >= {*units}]

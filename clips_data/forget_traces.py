@@ -14,7 +14,7 @@ from clips_data import ledger, schema
 from clips_data.forgotten import Forgotten
 from clips_data.redact import host_of
 
-_UNIT_FILE: Final = re.compile(r"((train|heldout)-)?\d{5}(\.index)?\.(tar|parquet)")
+_UNIT_FILE: Final = re.compile(r"((train|heldout)-)?\d{5}(\.index)?\.(tar|parquet|safetensors)")
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>,;)\]}]+")
 _HOST: Final = re.compile(r"[\w-]+(?:\.[\w-]+)+")
 _KEY: Final = re.compile(rb"(?<![\w.])\d{%d}(?!\w)" % (schema.SHARD_DIGITS + schema.KEY_DIGITS_IN_SHARD))
@@ -45,7 +45,8 @@ def seen_by(work: Path, in_training: Mapping[str, int], lineage: Mapping[str, st
         numbers = [in_training.get(digest) for digest in digests]
         if all(number == 0 for number in numbers):
             continue
-        weights = [*sorted((run / "checkpoints").glob("step-*")), *run.glob("export")]
+        checkpoints = [*run.glob("stages/*/checkpoints/step-*"), *run.glob("checkpoints/step-*")]
+        weights = [*sorted(checkpoints), *run.glob("export")]
         known = [number for number in numbers if number is not None]
         names = [path.relative_to(work).as_posix() for path in weights]
         found.append(SeenBy(run.relative_to(work).as_posix(), max(known) if known else None, names))

@@ -15,7 +15,7 @@ from typing import Any, Final
 from clips_data import agreement_runs, batches, ledger, schema
 from clips_data.errors import UserError
 
-_UNIT_FILE: Final = re.compile(r"((train|heldout)-)?\d{5}(\.index)?\.(tar|parquet)")
+_UNIT_FILE: Final = re.compile(r"((train|heldout)-)?\d{5}(\.index)?\.(tar|parquet|safetensors)")
 _JOURNAL: Final = ".journal.jsonl"
 _LINK: Final = ".link"
 _SCRATCH: Final = re.compile(r"_(list-\d+-of-\d+|import|plan)")

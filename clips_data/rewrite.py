@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-from clips_data import dataset_facts, joined, ledger, schema, shard_index, tars
+from clips_data import dataset_facts, embeddings, joined, ledger, schema, shard_index, tars
 from clips_data.errors import UserError
 from clips_data.mixing import Mix
 from clips_data.verify import problem_with
@@ -141,6 +141,14 @@ def journal(path: Path, gone: Collection[str], renamed: Mapping[str, str | None]
         header = {**lines[0], "inputs": _renamed(lines[0]["inputs"], renamed)}
         kept = [header, *(row for row in lines[1:] if row["key"] not in gone)]
         ledger.write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
+
+
+def features_unit(folder: Path, unit: str, gone: Collection[str]) -> None:
+    """Removes the rows with these keys from a teacher's stored features."""
+    file = folder / (unit + embeddings.SUFFIX)
+    part = _fresh_part(file)
+    embeddings.write_without(file, gone, part)
+    recommit(folder, unit, [file.name], embeddings.counts(part, _sidecar(folder, unit).counts))
 
 
 def copy_tar(tar: Path, keep: Callable[[str], bool]) -> None:

@@ -16,7 +16,7 @@ ADOPTED_EXTENSIONS: Final = ("jpeg",)
 """Further extensions that images have in tars of others."""
 
 # Folders under --work, left to right. A stage reads only folders to its left.
-PAIRS, CAPTIONS, SCORES, SHARDS, RUNS = "pairs", "captions", "scores", "shards", "runs"
+PAIRS, CAPTIONS, SCORES, SHARDS, EMBEDDINGS, RUNS = "pairs", "captions", "scores", "shards", "embeddings", "runs"
 
 COMPARE: Final = "compare"
 """What recipes said about the same images; no stage reads it."""

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from clips_data import caption_cost, ledger, measure, pair_stats, schema, shard_index
+from clips_data import caption_cost, embeddings, ledger, measure, pair_stats, schema, shard_index
 from clips_data.errors import UserError
 from clips_data.mixing import Mix
 
@@ -25,7 +25,8 @@ _NOT_ASKED: Final = "duplicate"
 def gather(folder: Path, top: int = pair_stats.TOP_HOSTS) -> dict[str, Any]:
     """Counts of every stage that has finished units in a work folder, or of one stage's folder, ready for JSON.
 
-    ``download``, ``captions`` by column, ``scores`` by name, ``shards``. A stage without finished units is absent.
+    ``download``, ``captions`` by column, ``scores`` by name, ``shards``, ``embeddings`` by name. A stage without
+    finished units is absent.
     ``top`` is the number of hosts shown. Raises ``UserError`` for a folder of another kind.
     """
     return _work(folder, top) or _stage(folder, top)
@@ -54,22 +55,27 @@ def _work(work: Path, top: int) -> dict[str, Any]:
             found[name] = parts
     if (work / schema.SHARDS / "index.json").exists():
         found["shards"] = _shards(work / schema.SHARDS)
+    if parts := {folder.name: embeddings.gather(folder) for folder in _folders(work / schema.EMBEDDINGS)}:
+        found[schema.EMBEDDINGS] = parts
     return found
 
 
 def _stage(folder: Path, top: int) -> dict[str, Any]:
     """Counts of one stage's folder, told by what its tables hold, under the name that they have in a work folder."""
+    units = ledger.finished_units(folder)
+    if units and (folder / (units[0] + embeddings.SUFFIX)).exists():
+        return {schema.EMBEDDINGS: {folder.name: embeddings.gather(folder)}}
     if (folder / "index.json").exists():
         return {"shards": _shards(folder)}
-    if units := ledger.finished_units(folder):
+    if units:
         kind = _kind(folder, units[0])
         if kind == schema.PAIRS:
             return {"download": pair_stats.gather(folder, units, top)}
         return {kind: {folder.name: _captions(folder) if kind == schema.CAPTIONS else _scores(folder)}}
     found: dict[str, Any] = {}
-    for column in _folders(folder):  # captions/ or scores/ as a whole
+    for column in _folders(folder):  # captions/, scores/ or embeddings/ as a whole
         for kind, parts in _stage(column, top).items():
-            if kind in (schema.CAPTIONS, schema.SCORES):
+            if kind in (schema.CAPTIONS, schema.SCORES, schema.EMBEDDINGS):
                 found.setdefault(kind, {}).update(parts)
     return found
 
@@ -86,7 +92,7 @@ def _kind(folder: Path, unit: str) -> str:
         return schema.SCORES
     raise UserError(
         f"{folder} holds no tables of pairs, captions or scores, and no shards. Point `clips stats` at a work folder, "
-        "or at pairs/, captions/NAME, scores/NAME or shards/ in it."
+        "or at pairs/, captions/NAME, scores/NAME, shards/ or embeddings/NAME in it."
     )
 
 

@@ -14,7 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from clips_data import agreement, agreement_runs, agreement_shards, batches, damage, executor, ledger, leftovers, schema
+from clips_data import (
+    agreement,
+    agreement_runs,
+    agreement_shards,
+    batches,
+    damage,
+    embeddings,
+    executor,
+    ledger,
+    leftovers,
+    schema,
+)
 from clips_data.errors import UserError
 
 PRELOAD: Final = ("pyarrow.parquet", "polars", "clips_data.verify")
@@ -170,6 +181,8 @@ def _contradictions(home: Path, unit: str, files: set[str], *, deep: bool) -> It
             yield from agreement.pairs_unit(home, unit, deep=deep)
         elif table in files and home.parent.name in (schema.CAPTIONS, schema.SCORES):
             yield from agreement.table_unit(home, unit, _pairs_of(home))
+        elif unit + embeddings.SUFFIX in files and home.parent.name == schema.EMBEDDINGS:
+            yield from embeddings.disagreements(home, unit, home.parent.parent / schema.SHARDS)
     except agreement.Disagreement as reason:
         yield home / (index if index in files else table), str(reason)
     except UserError as error:  # a tar that cannot be walked; where, its own sentence says
@@ -183,8 +196,9 @@ def _pairs_of(home: Path) -> Path:
 
 
 def _changed_input(home: Path, unit: str, inputs: Mapping[str, str]) -> str | None:
-    """Which input of a shard of captions or scores was made anew since; those of other kinds are digests of more."""
-    if home.parent.name not in (schema.CAPTIONS, schema.SCORES):
+    """Which input of a shard of captions, scores or a teacher's features was made anew since; others are digests of
+    more than a shard."""
+    if home.parent.name not in (schema.CAPTIONS, schema.SCORES, schema.EMBEDDINGS):
         return None
     for name, digest in inputs.items():
         beside = home.parent.parent / name
@@ -219,7 +233,8 @@ def _unreadable_indexes(homes: set[Path]) -> Iterator[tuple[Path, str]]:
             if path.is_file():
                 json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            yield home, f"is not an index that clips wrote ({error}): delete it and run `clips shard` again"
+            command = "embed" if home.parent.name == schema.EMBEDDINGS else "shard"
+            yield home, f"is not an index that clips wrote ({error}): delete it and run `clips {command}` again"
 
 
 def _across(folder: Path, homes: set[Path]) -> Iterator[agreement.Problem]:
@@ -239,6 +254,10 @@ def _missing(folder: Path, homes: set[Path]) -> Iterator[tuple[str, list[str]]]:
         finished = set(ledger.finished_units(home))
         if home.parent.name in (schema.CAPTIONS, schema.SCORES):
             wanted = ledger.finished_units(_pairs_of(home))
+        elif home.parent.name == schema.EMBEDDINGS:
+            begun = {unit.partition("-")[0] for unit in finished}
+            shards = ledger.finished_units(home.parent.parent / schema.SHARDS)
+            wanted = [unit for unit in shards if unit.partition("-")[0] in begun]
         elif list(home.glob("*" + agreement.INDEX)):
             wanted = [] if agreement_shards.is_indexed(home) else [agreement_shards.INDEX_FILE]
         else:

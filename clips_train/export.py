@@ -46,6 +46,7 @@ def export(config: ExportConfig, *, run: Path, shards: Path, overwrite: bool = F
     if folder.exists() and not overwrite:
         return _finished(folder, newest, weights_digest)
     trained = load_trained(newest, "cpu")
+    _check_stock_can_load(trained)
     part = ledger.part(folder)
     with ledger.readable_disk_errors(folder):
         shutil.rmtree(part, ignore_errors=True)
@@ -64,6 +65,15 @@ def export(config: ExportConfig, *, run: Path, shards: Path, overwrite: bool = F
         (part / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
         checkpoint.publish(part, folder)
     return _facts(about)
+
+
+def _check_stock_can_load(trained: Trained) -> None:
+    if trained.config.text_padding == "trimmed":
+        raise UserError(
+            f"The export of {trained.folder} was not made: it was trained with text_padding=trimmed, which masks the "
+            "padding of texts. Stock open_clip cannot, and would give other features. Use `clips eval` and "
+            "`clips caption` on the run, or train with text_padding=reference."
+        )
 
 
 def _finished(folder: Path, newest: Path, weights_digest: str) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clips_data.errors import UserError, did_you_mean
+from clips_train.blocks import added, compute_dtype, use_own_attention
 from clips_train.config import ModelConfig
 from clips_train.decoder import NORM_EPS, CaptionDecoder
 
@@ -27,7 +29,10 @@ VOCAB_SIZES = {"bpe": 49408, "bert": 32000}
 MEAN_RGB, STD_RGB = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POSITION_TEMPERATURE = 10_000.0
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+SIGMOID_LOGIT_SCALE, SIGMOID_LOGIT_BIAS = math.log(10), -10.0
+"""Where SigLIP starts."""
 STD_OF_CUT_NORMAL = 0.87962566  # of a unit normal cut at -2 and 2
+HEAD_WIDTH, OPEN_CLIP_CONTEXT = 64, 77  # what open_clip's configurations leave out
 REFERENCE_DEPTH = 12  # text tower and decoder scale their output projections as for this depth, whatever theirs
 
 
@@ -65,8 +70,34 @@ SIZES = {
 }
 
 
+def sizes_of(config: ModelConfig) -> Sizes:
+    """Raises ``UserError`` for a name that is neither ours nor that of an open_clip model with our kind of towers."""
+    if config.size in SIZES:
+        return SIZES[config.size]
+    sizes = named_sizes(_named_config(config))
+    assert sizes is not None
+    return sizes
+
+
+def named_sizes(named: dict[str, Any]) -> Sizes | None:
+    """Of a configuration of open_clip; ``None`` where a tower is no transformer of open_clip's own."""
+    image, text = named["vision_cfg"], named["text_cfg"]
+    if "timm_model_name" in image or "hf_model_name" in text or not isinstance(image["layers"], int):
+        return None
+    text_tower = Tower(text["width"], text["layers"], text["heads"])
+    return Sizes(
+        image=Tower(image["width"], image["layers"], image["width"] // image.get("head_width", HEAD_WIDTH)),
+        patch_px=image["patch_size"],
+        embed_dim=named["embed_dim"],
+        text=text_tower,
+        decoder=text_tower,
+    )
+
+
 def tower_config(config: ModelConfig) -> dict[str, Any]:
     """Constructor arguments of ``open_clip.CLIP``, as in the released configurations (METHOD §1.5)."""
+    if config.size not in SIZES:
+        return _named_config(config)
     sizes = SIZES[config.size]
     text: dict[str, Any] = {
         "context_length": config.context_length,
@@ -102,67 +133,156 @@ def tower_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def open_clip_config(config: ModelConfig) -> dict[str, Any]:
+def _named_config(config: ModelConfig) -> dict[str, Any]:
+    """The towers of an open_clip model, for images of our size."""
+    name, known = config.size, open_clip.list_models()
+    if name not in known:
+        raise UserError(
+            f"size {name!r} is neither one of {', '.join(SIZES)} nor the name of an open_clip {open_clip.__version__} "
+            f"model. {did_you_mean(name, [*SIZES, *known])}"
+        )
+    named: dict[str, Any] = open_clip.get_model_config(name)
+    image, text = named["vision_cfg"], named["text_cfg"]
+    reason = _why_not(named)
+    if reason:
+        raise UserError(f"size {name!r} cannot be trained here: {reason}. Choose a plain one, such as ViT-B-32.")
+    if config.tokenizer != "bpe":
+        raise UserError(f"size {name!r} reads open_clip's own tokens: set tokenizer to bpe instead of bert.")
+    if config.context_length != text.get("context_length", OPEN_CLIP_CONTEXT):
+        raise UserError(
+            f"size {name!r} has texts of {text.get('context_length', OPEN_CLIP_CONTEXT)} slots, context_length is "
+            f"{config.context_length}. Set context_length to {text.get('context_length', OPEN_CLIP_CONTEXT)}."
+        )
+    if config.image_px % image["patch_size"]:
+        raise UserError(
+            f"image_px {config.image_px} is not a multiple of the {image['patch_size']} px patch of size {name!r}."
+        )
+    return {**named, "vision_cfg": {**image, "image_size": config.image_px}}
+
+
+def _why_not(named: dict[str, Any]) -> str | None:
+    """What keeps a model of open_clip from being towers of ours."""
+    image, text = named["vision_cfg"], named["text_cfg"]
+    if "multimodal_cfg" in named:
+        return "it has a captioner of its own"
+    if text.get("hf_model_name"):
+        return f"its text tower is {text['hf_model_name']} from Hugging Face"
+    if named.get("custom_text"):
+        return "it keeps its text tower apart (open_clip's CustomTextCLIP)"
+    if image.get("timm_model_name"):
+        return f"its image tower is {image['timm_model_name']} of timm, not open_clip's own vision transformer"
+    if not isinstance(image["layers"], int):
+        return "its image tower is a ResNet, not a vision transformer"
+    if text.get("hf_tokenizer_name") or text["vocab_size"] != VOCAB_SIZES["bpe"]:
+        return (
+            f"its tokenizer is {text.get('hf_tokenizer_name')} with {text['vocab_size']:,} entries, "
+            f"and not open_clip's own with {VOCAB_SIZES['bpe']:,}"
+        )
+    return None
+
+
+def open_clip_config(config: ModelConfig, *, sigmoid: bool = False) -> dict[str, Any]:
     """``open_clip_config.json`` of an exported model, for stock open_clip's ``local-dir:``."""
     preprocess = {"mean": list(MEAN_RGB), "std": list(STD_RGB), "interpolation": "bilinear", "resize_mode": "squash"}
-    return {"model_cfg": tower_config(config), "preprocess_cfg": preprocess}
+    start = {"init_logit_scale": SIGMOID_LOGIT_SCALE, "init_logit_bias": SIGMOID_LOGIT_BIAS} if sigmoid else {}
+    return {"model_cfg": {**tower_config(config), **start}, "preprocess_cfg": preprocess}
 
 
 class ClipsModel(nn.Module):
-    """Towers (``open_clip.CLIP``) and captioner. Build with ``build_model``."""
+    """Towers (``open_clip.CLIP`` with a vision transformer) and captioner. Build with ``build_model``."""
 
-    def __init__(self, towers: nn.Module, decoder: CaptionDecoder | None) -> None:
+    def __init__(self, towers: Any, decoder: CaptionDecoder | None) -> None:
         super().__init__()
-        self.towers: Any = towers
+        self.towers = towers
         self.decoder = decoder
+        use_own_attention(towers.visual.transformer.resblocks)
+        use_own_attention(towers.transformer.resblocks)
 
     def encode_image(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Unit features fp32 [B, E], and patch tokens [B, P, width] before the final norm, without the class token."""
         visual = self.towers.visual
-        pooled_BW, patch_tokens_BPW = visual._pool(visual.transformer(visual._embeds(image_BCHW)))
-        return _unit(pooled_BW @ visual.proj), patch_tokens_BPW
+        tokens_BSW = visual.transformer(visual._embeds(image_BCHW))
+        pooled_BW, _ = visual._pool(tokens_BSW)
+        return _unit(pooled_BW @ visual.proj), tokens_BSW[:, 1:]
 
-    def encode_text(self, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit features fp32 [B, E], and states [B, T, width] before the final norm, without the pooled last slot."""
-        towers = self.towers
-        states_BLW = towers.token_embedding(ids_BL) + towers.positional_embedding
-        states_BLW = towers.transformer(states_BLW, attn_mask=towers.attn_mask)
-        pooled_BW = text_global_pool(towers.ln_final(states_BLW), ids_BL, towers.text_pool_type)
-        return _unit(pooled_BW @ towers.text_projection), states_BLW[:, :-1]
+    def encode_text(
+        self, ids_RL: Tensor, mask_RL: Tensor | None = None, positions_L: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Unit features fp32 [R, E], and states [R, L - 1, width] before the final norm, without the last slot.
 
-    def caption_states(self, patch_tokens_BPW: Tensor, token_states_BTW: Tensor) -> Tensor:
-        """Decoder outputs [B, Q, D], ready for the head."""
+        ``mask_RL``, bool, is true where a slot may be attended to. ``positions_L``, int64, says which slot of a whole
+        text each one is, where texts were trimmed; without it they are the first.
+        """
+        towers, num_slots = self.towers, ids_RL.shape[1]
+        whole = towers.positional_embedding
+        positions_LW = whole[:num_slots] if positions_L is None else whole[positions_L]
+        states_RLW = towers.token_embedding(ids_RL) + positions_LW
+        states_RLW = towers.transformer(states_RLW, attn_mask=self._text_mask(states_RLW, mask_RL))
+        pooled_RW = text_global_pool(states_RLW, ids_RL, towers.text_pool_type, eos_token_id=towers.text_eos_id)
+        pooled_RW = towers.ln_final(pooled_RW)  # of each slot by itself: norming the pooled one is enough
+        return _unit(_projected(pooled_RW, towers.text_projection)), states_RLW[:, :-1]
+
+    def _text_mask(self, states_RLW: Tensor, mask_RL: Tensor | None) -> Tensor | None:
+        """Added to the attention logits: [L, L] of a causal tower, [R, 1, 1 or L, L] where slots are masked."""
+        causal_LL, dtype, num_slots = self.towers.attn_mask, compute_dtype(states_RLW), states_RLW.shape[1]
+        causal = None if causal_LL is None else causal_LL[:num_slots, :num_slots].to(dtype)
+        if mask_RL is None:
+            return causal
+        keys = added(mask_RL, dtype)[:, None, None, :]
+        return keys if causal is None else keys + causal
+
+    def caption_states(
+        self,
+        patch_tokens_BPW: Tensor,
+        token_states_BTW: Tensor | None,
+        inputs_BQ: Tensor | None = None,
+        token_mask_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Decoder outputs [B, Q, D], ready for the head; see ``CaptionDecoder.forward``."""
         assert self.decoder is not None, "this model has no captioner"
-        states: Tensor = self.decoder(patch_tokens_BPW, token_states_BTW)
+        states: Tensor = self.decoder(patch_tokens_BPW, token_states_BTW, inputs_BQ, token_mask_BT)
         return states
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Whether the blocks' activations are computed again in the backward pass instead of kept."""
+        self.towers.set_grad_checkpointing(enabled)
+        if self.decoder is not None:
+            self.decoder.gradient_checkpointing = enabled
 
     @property
     def logit_scale(self) -> nn.Parameter:
-        """The logarithm of the scale that both contrastive losses share."""
+        """The logarithm of the scale that all contrastive losses share."""
         scale: nn.Parameter = self.towers.logit_scale
         return scale
+
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        """What the sigmoid loss adds to its logits."""
+        bias: nn.Parameter | None = self.towers.logit_bias
+        return bias
+
+
+def _projected(pooled_RW: Tensor, projection: Any) -> Tensor:
+    """open_clip's text projection is a matrix, a layer, or absent."""
+    if projection is None:
+        return pooled_RW
+    projected: Tensor = projection(pooled_RW) if isinstance(projection, nn.Module) else pooled_RW @ projection
+    return projected
 
 
 def _unit(features_BE: Tensor) -> Tensor:
     return functional.normalize(features_BE.float(), dim=-1)
 
 
-def build_model(config: ModelConfig, *, seed: int = 0) -> ClipsModel:
-    """A freshly initialised model; equal seeds give equal weights, whatever torch's global generator holds."""
-    sizes = SIZES[config.size]
+def build_model(config: ModelConfig, *, seed: int = 0, sigmoid: bool = False) -> ClipsModel:
+    """A freshly initialised model; equal seeds give equal weights, whatever torch's global generator holds.
+
+    ``sigmoid`` adds the bias that the sigmoid loss learns, and starts the scale as that loss does.
+    """
+    sizes = sizes_of(config)
     with torch.random.fork_rng(devices=[]):  # constructors draw from the global generator; their values are replaced
-        towers = open_clip.CLIP(**tower_config(config))
-        decoder = None
-        if config.decoder:
-            decoder = CaptionDecoder(
-                width=sizes.decoder.width,
-                layers=sizes.decoder.layers,
-                heads=sizes.decoder.heads,
-                num_queries=config.target_length,
-                vocab_size=VOCAB_SIZES[config.tokenizer],
-                image_width=sizes.image.width,
-                text_width=sizes.text.width,
-            )
+        towers = open_clip.CLIP(**open_clip_config(config, sigmoid=sigmoid)["model_cfg"])
+        decoder = None if config.decoder == "none" else _decoder(config, sizes)
     model = ClipsModel(towers, decoder)
     initialise(model, torch.Generator().manual_seed(seed), image_std=sizes.image_std)
     if config.pos_embed == "sincos":
@@ -170,6 +290,21 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> ClipsModel:
         model.towers.visual.positional_embedding.data.copy_(sincos_positions(grid, sizes.image.width))
         model.towers.visual.positional_embedding.requires_grad_(False)
     return model
+
+
+def _decoder(config: ModelConfig, sizes: Sizes) -> CaptionDecoder:
+    assert config.decoder != "none"
+    return CaptionDecoder(
+        width=sizes.decoder.width,
+        layers=sizes.decoder.layers,
+        heads=sizes.decoder.heads,
+        num_queries=config.target_length,
+        vocab_size=VOCAB_SIZES[config.tokenizer],
+        image_width=sizes.image.width,
+        text_width=None if config.condition is None else sizes.text.width,
+        mode=config.decoder,
+        fusion=config.fusion,
+    )
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
@@ -195,17 +330,29 @@ def initialise(model: ClipsModel, generator: torch.Generator, *, image_std: floa
             if name in ("bias", "in_proj_bias") and not isinstance(module, nn.LayerNorm):
                 nn.init.zeros_(parameter)
     towers = model.towers
-    nn.init.constant_(towers.logit_scale, INITIAL_LOGIT_SCALE)
+    sigmoid = towers.logit_bias is not None
+    nn.init.constant_(towers.logit_scale, SIGMOID_LOGIT_SCALE if sigmoid else INITIAL_LOGIT_SCALE)
+    if sigmoid:
+        nn.init.constant_(towers.logit_bias, SIGMOID_LOGIT_BIAS)
     _initialise_image_tower(towers.visual, image_std, generator)
     _initialise_blocks(towers.transformer, generator)
     nn.init.normal_(towers.token_embedding.weight, std=0.02, generator=generator)
     nn.init.normal_(towers.positional_embedding, std=0.01, generator=generator)
-    nn.init.normal_(towers.text_projection, std=towers.transformer.width**-0.5, generator=generator)
+    nn.init.normal_(towers.text_projection, std=towers.text_projection.shape[0] ** -0.5, generator=generator)
     if model.decoder is not None:
-        decoder = model.decoder
-        _initialise_blocks(decoder.transformer, generator)
+        _initialise_decoder(model.decoder, generator)
+
+
+def _initialise_decoder(decoder: CaptionDecoder, generator: torch.Generator) -> None:
+    """The reference's values; what it has no counterpart of starts as in the towers."""
+    _initialise_blocks(decoder.transformer, generator)
+    if decoder.mode == "queries":
         nn.init.normal_(decoder.queries, generator=generator)
-        for linear in (decoder.image_projection, decoder.text_projection, decoder.head):
+    else:
+        nn.init.normal_(decoder.token_embedding.weight, std=0.02, generator=generator)
+        nn.init.normal_(decoder.positional_embedding, std=0.01, generator=generator)
+    for linear in (decoder.image_projection, decoder.text_projection, decoder.head):
+        if linear is not None:
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5, generator=generator)
 
 
@@ -226,7 +373,7 @@ def _initialise_image_tower(visual: Any, std: float, generator: torch.Generator)
 
 def _initialise_blocks(transformer: Any, generator: torch.Generator) -> None:
     """Widths set the scale; what returns to the residual stream is scaled down as for 12 blocks."""
-    width = transformer.width
+    width = transformer.resblocks[0].attn.embed_dim
     output_std = width**-0.5 * (2 * REFERENCE_DEPTH) ** -0.5
     for block in transformer.resblocks:
         nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5, generator=generator)

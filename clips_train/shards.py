@@ -46,7 +46,8 @@ class Row:
 class ShardError(Exception):
     """A sample's bytes are not what the index promises.
 
-    ``reason`` is ``short_read | json_invalid | json_too_large | json_of_another_sample``.
+    ``reason`` is ``short_read | json_invalid | json_too_large | json_of_another_sample``, and of others' tars also
+    ``txt_invalid``.
     """
 
     def __init__(self, reason: str) -> None:
@@ -68,6 +69,29 @@ class Split:
     @property
     def num_samples(self) -> int:
         return sum(self.num_samples_by_shard)
+
+    def rows(self, shard: int) -> dict[str, list[Any]]:
+        """A tar's offset index, as lists by column. Raises ``UserError`` for one that is damaged."""
+        tar = self.folder / self.files[shard]
+        path = tar.with_name(tar.name.removesuffix(".tar") + ".index.parquet")
+        if not path.exists():
+            raise UserError(f"{path} is missing, without it {tar.name} cannot be read. Run `clips shard` again.")
+        table = _read_table(path)
+        promised, found = self.num_samples_by_shard[shard], table.num_rows
+        if found != promised:
+            raise UserError(f"{path} lists {found} samples, {INDEX_FILE} promises {promised}. Run `clips shard` again.")
+        _check_places(table, path, tar)
+        rows: dict[str, list[Any]] = table.to_pydict()
+        return rows
+
+    def about(self, rows: Mapping[str, Sequence[Any]], row: int, tar: TarFile) -> dict[str, Any]:
+        """A sample's ``.json`` member. Raises ``ShardError``."""
+        if rows["json_bytes"][row] > MAX_JSON_BYTES:
+            raise ShardError("json_too_large")
+        about = _parse(tar.read(rows["json_offset"][row], rows["json_bytes"][row]))
+        if about.get("key", rows["key"][row]) != rows["key"][row]:
+            raise ShardError("json_of_another_sample")
+        return about
 
 
 def open_split(folder: Path, name: str) -> Split:
@@ -152,7 +176,7 @@ class ShardReader:
 
     def _open_caches(self) -> None:
         self._file = functools.lru_cache(OPEN_FILES)(self._open_file)
-        self._index = functools.lru_cache(INDEXES_IN_MEMORY)(self._read_index)
+        self._index = functools.lru_cache(INDEXES_IN_MEMORY)(self.split.rows)
 
     def __getstate__(self) -> Split:
         return self.split
@@ -160,34 +184,15 @@ class ShardReader:
     def __setstate__(self, split: Split) -> None:
         self.__init__(split)  # type: ignore[misc]
 
-    def _open_file(self, shard: int) -> _TarFile:
-        return _TarFile(self.split.folder / self.split.files[shard])
-
-    def _read_index(self, shard: int) -> dict[str, list[Any]]:
-        tar = self.split.folder / self.split.files[shard]
-        path = tar.with_name(tar.name.removesuffix(".tar") + ".index.parquet")
-        if not path.exists():
-            raise UserError(f"{path} is missing, without it {tar.name} cannot be read. Run `clips shard` again.")
-        table = _read_table(path)
-        promised, found = self.split.num_samples_by_shard[shard], table.num_rows
-        if found != promised:
-            raise UserError(f"{path} lists {found} samples, {INDEX_FILE} promises {promised}. Run `clips shard` again.")
-        _check_places(table, path, tar)
-        rows: dict[str, list[Any]] = table.to_pydict()
-        return rows
+    def _open_file(self, shard: int) -> TarFile:
+        return TarFile(self.split.folder / self.split.files[shard])
 
     def key(self, shard: int, row: int) -> str:
         return str(self._index(shard)["key"][row])
 
     def about(self, shard: int, row: int) -> dict[str, Any]:
-        """The sample's ``.json`` member. Raises ``ShardError``."""
-        index = self._index(shard)
-        if index["json_bytes"][row] > MAX_JSON_BYTES:
-            raise ShardError("json_too_large")
-        about = _parse(self._file(shard).read(index["json_offset"][row], index["json_bytes"][row]))
-        if about.get("key", index["key"][row]) != index["key"][row]:
-            raise ShardError("json_of_another_sample")
-        return about
+        """The sample's columns and what else its ``.json`` member holds. Raises ``ShardError``."""
+        return self.split.about(self._index(shard), row, self._file(shard))
 
     def image(self, shard: int, row: int) -> bytes:
         """The image file's bytes. Raises ``ShardError``."""
@@ -258,7 +263,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
-class _TarFile:
+class TarFile:
     """A read-only descriptor that closes itself when it leaves the cache."""
 
     def __init__(self, path: Path) -> None:

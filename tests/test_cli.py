@@ -443,3 +443,16 @@ def test_a_reader_who_leaves_early_does_not_change_how_a_command_ends(num_lines:
         process.stdin.close()
         said = process.stderr.read().decode()
     assert (process.returncode, said) == ((1, "clips: Mend it.\n") if end else (0, ""))
+
+
+@pytest.mark.parametrize(
+    ("views", "said"),
+    [
+        ("[{from: web, reduc: none}]", "--views has no key 'reduc'. Did you mean 'reduce'?"),
+        ("[{form: web}]", "--views: {'form': 'web'} has no 'from'."),
+        ("[{from: web, count: 3}]", "count 3 needs reduce one_piece or sentences, not none."),
+    ],
+)
+def test_mistakes_inside_a_view_are_named(views: str, said: str) -> None:
+    outcome = CliRunner().invoke(cli, ["train", "--views", views])
+    assert outcome.exit_code == 2 and said in outcome.output

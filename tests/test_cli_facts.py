@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.facts import score_run
+from cli.facts import dense_texts, score_run
 from clips_data.demo import scenes
 
 WORLD = 3
@@ -63,3 +63,8 @@ def test_run_without_captions_has_no_facts(tmp_path: Path) -> None:
     run = evaluated(tmp_path, {1: "a dog"})
     (run / "eval" / "captions.jsonl").unlink()
     assert score_run(run, quiet=True) == {}
+
+
+def test_dense_queries_are_the_scenes_true_descriptions() -> None:
+    assert dense_texts({"extra": {"scene": f"{WORLD}/7"}}) == [scenes.describe(scenes.make_scene(WORLD, 7))]
+    assert dense_texts({"extra": {}}) is None and dense_texts({}) is None

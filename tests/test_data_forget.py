@@ -17,6 +17,8 @@ from typing import Any
 import pairsmaker
 import pyarrow.parquet as pq
 import pytest
+import teachermaker
+from safetensors.torch import load_file
 
 from clips_data import adopt, duplicates, ledger, locks, rewrite, schema, score, shard, tars
 from clips_data import forget as room
@@ -65,9 +67,14 @@ class FakeScorer:
         return [size / len(text) if text else None for size, text in zip(features, texts, strict=True)]
 
 
-@pytest.fixture(autouse=True)
-def fake_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score, "load_scorer", lambda *given, **named: FakeScorer())
+    teachermaker.install(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def fake_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fakes(monkeypatch)
 
 
 def synthetic(number: int, row: pairsmaker.Row) -> None:
@@ -116,13 +123,14 @@ def make_work(work: Path) -> Path:
     write_captions(work)
     run_score(work)
     run_shard(work)
+    teachermaker.store(work)
     return work
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "load_scorer", lambda *given, **named: FakeScorer())
+        use_fakes(patch)
         return make_work(tmp_path_factory.mktemp("whole"))
 
 
@@ -180,6 +188,8 @@ def check_nothing_is_to_do(work: Path) -> None:
     assert (report.made, report.skipped) == (0, NUM_SHARDS)
     report = run_shard(work)
     assert report.made == 0 and report.skipped
+    done = teachermaker.store(work)
+    assert (done.made, done.skipped) == (0, len(ledger.finished_units(work / "shards")))
     for name in ("train", "heldout"):
         split = open_split(work / "shards", name)
         reader = ShardReader(split)
@@ -188,7 +198,7 @@ def check_nothing_is_to_do(work: Path) -> None:
                 row = reader.row(tar, place)
                 assert row.about["key"] == row.key and ledger.digest_bytes(row.image) == row.about["sha256"]
     checked = verify(work)
-    assert not checked.corrupt and not checked.orphans
+    assert not checked.corrupt and not checked.orphans and not checked.contradictions and not checked.stale
 
 
 # --- a host -----------------------------------------------------------------------------------------------------------
@@ -202,6 +212,7 @@ def test_nothing_of_a_host_is_left_and_nothing_else_is_changed(work: Path) -> No
     assert outcome.removed == {
         "pairs rows": (len(BAD), NUM_SHARDS * SHARD_ROWS), "pairs images": (images, kept),
         "captions/synthetic": (images, kept), "scores/clip": (images, kept), "shards": (images, kept),
+        "embeddings/teacher": (images, kept),
     }  # fmt: skip
     assert 0 < images < len(BAD), "failed rows have URLs and captions too"
     assert [traces(work, number) for number in BAD] == [[]] * len(BAD)
@@ -257,6 +268,25 @@ def test_a_tar_without_samples_is_a_tar_as_it_would_be_written(work: Path, tmp_p
         < 4
     )
     check_nothing_is_to_do(work)
+
+
+def test_features_of_teachers_are_those_of_what_is_left(work: Path) -> None:
+    def rows() -> dict[str, list[Any]]:
+        found = {}
+        for path in (work / "embeddings" / "teacher").glob("*.safetensors"):
+            tensors = load_file(path)
+            for row, name in enumerate(tensors.pop("keys").tolist()):
+                found[bytes(name).decode()] = [tensor[row].tolist() for _, tensor in sorted(tensors.items())]
+        return found
+
+    before, gone = rows(), {key(number) for number in BAD}
+    forget(work, asked_for(hosts=["bad.test"]))
+    assert str(rows()) == str({name: values for name, values in before.items() if name not in gone}), "NaN is NaN"
+    assert set(before) & gone
+    anew = work / "anew"
+    teachermaker.store(work, anew)
+    for path in anew.iterdir():
+        assert path.read_bytes() == (work / "embeddings" / "teacher" / path.name).read_bytes(), path.name
 
 
 def test_every_sample_can_go(work: Path) -> None:

@@ -250,6 +250,31 @@ def test_damaged_checkpoints_are_named(work: Path) -> None:
     assert found[where + "step-00000010/checkpoint.json"] == ["is missing"]
 
 
+def test_damaged_optimiser_states_and_checkpoints_of_stages_are_named(work: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    run = work / "runs" / "first"
+    for folder in (run / "checkpoints" / "step-00000010", run / "stages" / "0" / "checkpoints" / "step-00000010"):
+        (folder / "state").mkdir(parents=True)
+        for name in ("model.safetensors", "ema.safetensors", "state/shard-00001-model-00001-of-00001.safetensors"):
+            save_file({"weight": torch.zeros(8, 8)}, folder / name)
+        (folder / "checkpoint.json").write_text(json.dumps({"schema_version": schema.SCHEMA_VERSION, "step": 10}))
+        (folder.parent / "latest").write_text("step-00000010\n")
+    assert verify.verify(work).is_sound
+    early = "runs/first/stages/0/checkpoints/step-00000010/"
+    late = "runs/first/checkpoints/step-00000010/"
+    (state,) = (work / early / "state").iterdir()
+    state.write_bytes(state.read_bytes()[:-4])
+    for path in (work / late / "state").iterdir():
+        path.unlink()
+    (work / late / "ema.safetensors").write_bytes(b"")
+    found = verify.verify(work).contradictions
+    assert "its tensors end at byte" in found[early + f"state/{state.name}"][0]
+    assert found[late + "state/*.safetensors"] == ["is missing"]
+    assert "damaged header" in found[late + "ema.safetensors"][0]
+
+
 # --- what killed runs left --------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,8 @@ from clips_train import shards as shard_files
 from clips_train.config import EvalConfig, TrainConfig
 from clips_train.evals import retrieval
 from clips_train.evals.retrieval import chance_image_to_text, image_to_text_ranks, retrieval_scores, text_to_image_ranks
-from clips_train.evals.run import evaluate
+from clips_train.evals.run import evaluate, retrieval_by_queries
+from clips_train.generate import load_trained
 from clips_train.train import train
 
 
@@ -142,3 +143,102 @@ def test_a_split_without_samples_and_a_missing_column_are_named(run: tuple[Path,
     assert shard_files.open_split(empty, "train").num_samples == 32
     with pytest.raises(UserError, match="holds no checkpoint"):
         evaluate(EvalConfig(), run=tmp_path, shards=run[1], quiet=True)
+
+
+# --- query sets -------------------------------------------------------------------------------------------------------
+
+
+def result(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "eval" / "eval.json").read_text())
+    return found
+
+
+def scored(run: tuple[Path, Path], shards: Path | None = None, **given: Any) -> dict[str, Any]:
+    """Figures of an evaluation with ``queries``, and ``derived`` texts."""
+    derived = given.pop("derived", None)
+    config = EvalConfig(captions=False, **given)
+    return evaluate(config, run=run[0], shards=shards or run[1], overwrite=True, quiet=True, derived=derived)
+
+
+def test_every_query_set_has_the_scores_that_it_has_alone(run: tuple[Path, Path]) -> None:
+    alone = {name: scored(run, queries=[name]) for name in ("captions", "synthetic", "web")}
+    both = scored(run, queries=["captions", "synthetic", "web"], batch=3)
+    by_queries = result(run[0])["retrieval_by_queries"]
+    assert sorted(by_queries) == ["captions", "synthetic", "web"]
+    assert {name: both[name] for name in alone["captions"]} == alone["captions"], "the first is the headline"
+    for name in ("synthetic", "web"):
+        assert by_queries[name] == {key: value for key, value in alone[name].items() if key != "unreadable"}
+        assert {key: both[f"{name}_{key}"] for key in by_queries[name]} == by_queries[name]
+    assert (by_queries["captions"]["num_texts"], by_queries["web"]["num_texts"]) == (40, 8)
+    recalls = {tuple(value for key, value in scores.items() if "chance" not in key) for scores in by_queries.values()}
+    assert len(recalls) == 3, "they are different texts"
+
+
+def test_derived_texts_are_asked_for_by_name_and_cut_to_the_context(run: tuple[Path, Path]) -> None:
+    asked: list[str] = []
+
+    def dense(about: dict[str, Any]) -> list[str]:
+        asked.append(about["extra"]["scene"])
+        return [about["synthetic"] + " more words than the model's context has room for" * 20]
+
+    scores = scored(run, queries=["captions", "dense"], derived={"dense": dense})
+    assert sorted(asked) == sorted(f"0/{number}" for number in range(32, 40))
+    assert scores["dense_num_texts"] == 8
+    assert scores["dense_chance_text_to_image_r1"] == 1 / 8
+    asked.clear()
+    scored(run, queries=["captions"], derived={"dense": dense})
+    assert asked == []
+
+
+def test_images_without_a_text_of_a_set_are_left_out_of_that_set_only(run: tuple[Path, Path], tmp_path: Path) -> None:
+    def change(split: str, number: int, image: bytes, about: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        return image, about | {"long": "" if number in (32, 35) else about["synthetic"]}
+
+    shards = shardmaker.write_shards(tmp_path / "shards", change=change)
+    scores = scored(run, shards, queries=["captions", "long"], batch=2)
+    assert (scores["num_images"], scores["long_num_images"], scores["long_num_texts"]) == (8, 6, 6)
+    assert result(run[0])["counts"]["no_text.long"] == 2
+
+    def only_the_others(split: str, number: int, image: bytes, about: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        return (b"<html>" if number in (32, 35) else image), about | {"long": about["synthetic"]}
+
+    others = shardmaker.write_shards(tmp_path / "others", change=only_the_others)
+    whole = scored(run, others, queries=["long"])
+    assert whole["text_to_image_r1"] == scores["long_text_to_image_r1"]
+    assert whole["image_to_text_r5"] == scores["long_image_to_text_r5"]
+
+
+def test_further_columns_of_the_list_are_query_sets(run: tuple[Path, Path], tmp_path: Path) -> None:
+    def change(split: str, number: int, image: bytes, about: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        extra = about["extra"] | {"title": f"picture {number}", "tags": ["one", "", "two"]}
+        return image, about | {"extra": extra}
+
+    shards = shardmaker.write_shards(tmp_path / "shards", change=change)
+    scores = scored(run, shards, queries=["title", "tags"])
+    assert (scores["num_texts"], scores["tags_num_texts"]) == (8, 16)
+
+
+def test_unknown_and_empty_query_sets_are_named(run: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no caption column 'synthetics'\. Did you mean 'synthetic'\?"):
+        scored(run, queries=["captions", "synthetics"])
+    with pytest.raises(UserError, match="no caption column 'sha256'"):
+        scored(run, queries=["sha256"])
+    with pytest.raises(UserError, match="no caption column 'dense'"):
+        scored(run, queries=["dense"], derived={"dense": lambda about: None})
+
+    def empty(split: str, number: int, image: bytes, about: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        return image, about | {"long": " "}
+
+    shards = shardmaker.write_shards(tmp_path / "shards", change=empty)
+    with pytest.raises(UserError, match="None of 8 samples has a text of the queries 'long'"):
+        scored(run, shards, queries=["captions", "long"])
+
+
+def test_a_model_in_training_is_scored_without_files(run: tuple[Path, Path]) -> None:
+    before = (run[0] / "eval" / "eval.json").read_bytes()
+    trained = load_trained(run[0])
+    split = shard_files.open_split(run[1], "heldout")
+    by_queries = retrieval_by_queries(trained, split, EvalConfig(queries=("captions", "web")))
+    assert by_queries["captions"]["num_images"] == 8
+    assert (run[0] / "eval" / "eval.json").read_bytes() == before
+    assert by_queries == (scored(run, queries=["captions", "web"]) and result(run[0])["retrieval_by_queries"])

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import goldens
 import open_clip
@@ -10,11 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from clips_data.errors import UserError
 from clips_train import model as model_room
+from clips_train.blocks import Block
 from clips_train.config import ModelConfig
 from clips_train.decoder import CaptionDecoder
 from clips_train.losses import caption_loss, clips_contrastive_loss
 from clips_train.model import SIZES, ClipsModel, build_model, open_clip_config, sincos_positions, tower_config
+from clips_train.texts import trim
 from clips_train.tokenizer import build_tokenizer
 
 SMALL = ModelConfig(size="tiny", image_px=48, target_length=8)
@@ -128,10 +133,14 @@ def test_the_table_is_fixed_and_made_for_each_resolution(small: ClipsModel) -> N
     positions = small.towers.visual.positional_embedding
     assert not positions.requires_grad
     assert torch.equal(positions, sincos_positions(3, 128))
-    larger = build_model(SMALL.model_copy(update={"image_px": 96, "decoder": False}))
+    larger = build_model(SMALL.model_copy(update={"image_px": 96, "decoder": "none"}))
     assert torch.equal(larger.towers.visual.positional_embedding, sincos_positions(6, 128))
-    learned = build_model(SMALL.model_copy(update={"pos_embed": "learned", "decoder": False}))
+    learned = build_model(SMALL.model_copy(update={"pos_embed": "learned", "decoder": "none"}))
     assert learned.towers.visual.positional_embedding.requires_grad
+
+
+def _assert_close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 def _batch(generator_seed: int = 3) -> tuple[Tensor, Tensor]:
@@ -156,13 +165,202 @@ def test_stock_open_clip_loads_the_config_and_gives_the_same_features_and_ids(
     images, ids = _batch()
     assert torch.equal(open_clip.get_tokenizer(name)(TEXTS), ids)
     with torch.no_grad():
-        assert torch.equal(stock.eval().encode_image(images, normalize=True), small.encode_image(images)[0])
-        assert torch.equal(stock.encode_text(ids, normalize=True), small.encode_text(ids)[0])
+        _assert_close(small.encode_image(images)[0], stock.eval().encode_image(images, normalize=True))
+        _assert_close(small.encode_text(ids)[0], stock.encode_text(ids, normalize=True))
     steps = {type(step).__name__: step for step in preprocess.transforms}
     assert steps["Resize"].size == (48, 48)  # both sides: squashed, not cropped
     assert steps["Resize"].interpolation.value == "bilinear"
     assert tuple(steps["Normalize"].mean) == model_room.MEAN_RGB
     assert tuple(steps["Normalize"].std) == model_room.STD_RGB
+
+
+NARROW = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
+SHORT = {"context_length": 12, "vocab_size": 60, "width": 24, "heads": 2, "layers": 3}
+CLIPA_IMAGE = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
+KINDS: dict[str, dict[str, Any]] = {
+    "ViT-B-32": {"vision_cfg": NARROW, "text_cfg": SHORT},
+    "quickgelu": {"vision_cfg": NARROW, "text_cfg": SHORT, "quick_gelu": True},
+    "layer scale": {"vision_cfg": NARROW | {"ls_init_value": 0.1}, "text_cfg": SHORT | {"ls_init_value": 0.1}},
+    "CLIPA": {
+        "vision_cfg": NARROW | CLIPA_IMAGE,
+        "text_cfg": SHORT | {"pool_type": "last", "no_causal_mask": True},
+    },
+    "worldwide": {"vision_cfg": NARROW, "text_cfg": SHORT | {"pool_type": "eos", "eos_id": 2}},
+    "first": {
+        "vision_cfg": NARROW | {"pool_type": "avg"},
+        "text_cfg": SHORT | {"pool_type": "first", "no_causal_mask": True, "proj_bias": True},
+    },
+    "SigLIP": {
+        "vision_cfg": NARROW | {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2},
+        "text_cfg": SHORT | {"pool_type": "last", "no_causal_mask": True},
+        "init_logit_bias": -10,
+    },
+}
+
+
+def _of_kind(kind: str) -> tuple[ClipsModel, open_clip.CLIP]:
+    """Random towers of that kind, as ours and as stock open_clip has them."""
+    torch.manual_seed(5)
+    stock = open_clip.CLIP(embed_dim=16, **KINDS[kind]).eval()
+    for parameter in stock.parameters():
+        parameter.data.normal_(std=0.2)
+    return ClipsModel(copy.deepcopy(stock), None).eval(), stock
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_of_open_clips_own_kinds_of_towers_are_stock_ones(kind: str) -> None:
+    ours, stock = _of_kind(kind)
+    assert all(type(block) is Block for block in ours.towers.transformer.resblocks)
+    images, ids = torch.randn(3, 3, 32, 32), torch.randint(3, 60, (5, 12))
+    ids[:, 7] = 2  # the end token of "eos"
+    with torch.no_grad():
+        _assert_close(ours.encode_image(images)[0], stock.encode_image(images, normalize=True))
+        _assert_close(ours.encode_text(ids)[0], stock.encode_text(ids, normalize=True))
+        _assert_close(ours.towers.encode_text(ids), stock.encode_text(ids))  # as export and score call it
+        states = stock.forward_intermediates(text=ids, text_indices=1)["text_intermediates"][0]
+        torch.testing.assert_close(ours.encode_text(ids)[1], states[:, :-1], rtol=1e-5, atol=1e-5)
+    assert ours.encode_image(images)[1].shape == (3, 16, 32)
+
+
+def _texts_of_lengths(lengths: list[int]) -> Tensor:
+    """Ids of 12 slots in which 59 ends the text and 0 pads it."""
+    ids = torch.randint(3, 59, (len(lengths), 12), generator=torch.Generator().manual_seed(1))
+    for row, length in enumerate(lengths):
+        ids[row, length - 1] = 59
+        ids[row, length:] = 0
+    return ids
+
+
+@pytest.mark.parametrize("kind", ["CLIPA", "ViT-B-32"])
+@torch.no_grad()
+def test_trimmed_texts_are_whole_ones_with_their_padding_masked(kind: str) -> None:
+    model, _ = _of_kind(kind)
+    ids = _texts_of_lengths([3, 6, 5])
+    keep_last = kind == "CLIPA"
+    short, mask, positions = trim(ids, 59, keep_last=keep_last)
+    assert short.shape == (3, 8)
+    whole_mask = torch.arange(12) < torch.tensor([[3], [6], [5]])
+    whole_mask[:, -1] |= keep_last
+    features, states = model.encode_text(short, mask, positions)
+    whole_features, whole_states = model.encode_text(ids, whole_mask)
+    _assert_close(features, whole_features)
+    used = whole_mask[:, :7]
+    torch.testing.assert_close(states[:, :7][used], whole_states[:, :7][used], rtol=1e-5, atol=1e-5)
+    changed = torch.where(whole_mask, ids, 7)  # what is masked is never read
+    if keep_last:
+        _assert_close(model.encode_text(changed, whole_mask)[0], whole_features)
+        assert (model.encode_text(changed)[0] - model.encode_text(ids)[0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_mask_keeps_a_causal_tower_causal() -> None:
+    model, _ = _of_kind("ViT-B-32")
+    ids = _texts_of_lengths([12, 12])
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[:, 4] = False
+    later, masked = ids.clone(), ids.clone()
+    later[:, 8], masked[:, 4] = 5, 5
+    before = model.encode_text(ids, mask)[1]
+    assert ((model.encode_text(later, mask)[1] - before).abs().amax(dim=(0, 2)) > 1e-6).tolist() == [
+        slot >= 8 for slot in range(11)
+    ]
+    assert ((model.encode_text(masked, mask)[1] - before).abs().amax(dim=(0, 2)) > 1e-6).tolist() == [
+        slot == 4 for slot in range(11)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_checkpointing_changes_no_gradient_of_the_towers(small: ClipsModel, dtype: torch.dtype) -> None:
+    images, ids = _batch()
+    mask = torch.ones(4, 80, dtype=torch.bool)
+
+    def gradients(enabled: bool) -> list[Tensor | None]:
+        small.set_gradient_checkpointing(enabled)
+        small.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            (image, tokens), (text, states) = small.encode_image(images), small.encode_text(ids, mask)
+            total = (image * text).sum() + small.caption_states(tokens, states).square().mean()
+        total.backward()
+        return [parameter.grad for parameter in small.parameters()]
+
+    wanted, found = gradients(False), gradients(True)
+    small.set_gradient_checkpointing(False)
+    assert sum(grad is not None for grad in wanted) > 40
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_towers_compile_to_one_graph_each(small: ClipsModel) -> None:
+    images, ids = _batch()
+    mask = ids != 0
+    mask[:, -1] = True
+    for name, inputs in (("encode_image", (images,)), ("encode_text", (ids, mask, torch.arange(80)))):
+        torch.compiler.reset()
+        plain = getattr(small, name)
+        compiled = torch.compile(plain, fullgraph=True, backend="eager")
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(compiled(*inputs), plain(*inputs))
+
+
+NAMED = {"size": "ViT-S-32-alt", "image_px": 64, "context_length": 77, "target_length": 8, "pos_embed": "learned"}
+
+
+def test_a_size_of_open_clip_has_its_towers_and_a_captioner_as_large_as_its_text_tower() -> None:
+    config = ModelConfig(**NAMED)
+    made = build_model(config)
+    with torch.device("meta"):
+        stock = open_clip.create_model("ViT-S-32-alt", load_weights=False, force_image_size=64, device="meta")
+    shapes = {name: tensor.shape for name, tensor in stock.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in made.towers.state_dict().items()} == shapes
+    assert made.decoder is not None
+    assert len(made.decoder.transformer.resblocks) == 10
+    assert made.decoder.head.weight.shape == (49408, 256)
+    assert all(parameter.isfinite().all() for parameter in made.parameters())
+    assert made.encode_image(torch.zeros(1, 3, 64, 64))[1].shape == (1, 4, 384)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": "ViT-B-23"}, "nor the name of an open_clip .* model. Did you mean 'ViT-B-32'"),
+        ({"size": "B-16"}, "Did you mean 'B/16'"),
+        ({"size": "hf-hub:org/model"}, "neither one of tiny"),
+        ({"size": "RN50"}, "its image tower is a ResNet"),
+        ({"size": "convnext_base"}, "its image tower is convnext_base of timm"),
+        ({"size": "ViT-B-16-SigLIP"}, "it keeps its text tower apart"),
+        ({"size": "roberta-ViT-B-32"}, "its text tower is roberta-base from Hugging Face"),
+        ({"size": "coca_ViT-B-32"}, "it has a captioner of its own"),
+        ({"size": "ViT-L-14-CLIPA"}, "its tokenizer is bert-base-uncased with 32,000 entries"),
+        ({"size": "ViT-B-32", "context_length": 80}, "texts of 77 slots.* Set context_length to 77"),
+        ({"size": "ViT-B-32", "image_px": 80}, "not a multiple of the 32 px patch"),
+        ({"size": "ViT-B-32", "tokenizer": "bert", "bert_vocab": "vocab.txt"}, "set tokenizer to bpe"),
+    ],
+)
+def test_sizes_that_cannot_be_trained_are_refused_with_the_reason(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_model(ModelConfig(**NAMED | changes))
+
+
+def test_the_sigmoid_loss_starts_from_its_own_scale_and_bias(small: ClipsModel, tmp_path: Path) -> None:
+    assert small.logit_bias is None
+    made = build_model(SMALL, sigmoid=True)
+    assert made.logit_bias is not None
+    assert (made.logit_bias.item(), made.logit_scale.exp().item()) == (-10, pytest.approx(10))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(open_clip_config(SMALL, sigmoid=True)))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in made.towers.state_dict().items()},
+        tmp_path / "open_clip_model.safetensors",
+    )
+    stock, _ = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path}")
+    assert stock.logit_bias.item() == -10
+
+
+def test_the_captioner_is_what_the_config_says() -> None:
+    forced = build_model(SMALL.model_copy(update={"decoder": "teacher_forced", "fusion": "cross_attention"})).decoder
+    alone = build_model(SMALL.model_copy(update={"condition": None})).decoder
+    assert forced is not None and alone is not None
+    assert (forced.mode, forced.fusion, len(forced.transformer.resblocks)) == ("teacher_forced", "cross_attention", 2)
+    assert alone.text_projection is None
+    assert build_model(SMALL.model_copy(update={"decoder": "none"})).decoder is None
 
 
 def test_decoder_tokens_come_from_before_the_final_norms(small: ClipsModel) -> None:
@@ -273,6 +471,18 @@ def test_initial_values_have_the_measured_spread() -> None:
         decoder.queries: 1.0,
         decoder.transformer.resblocks[0].mlp.c_proj.weight: 384**-0.5 / 24**0.5,
     }
+    forced = CaptionDecoder(
+        width=128, layers=2, heads=4, num_queries=64, vocab_size=4000, image_width=128, text_width=128,
+        mode="teacher_forced", fusion="cross_attention",
+    )  # fmt: skip
+    model_room._initialise_decoder(forced, torch.Generator().manual_seed(0))
+    crossing = forced.transformer.resblocks[1]
+    spread |= {
+        forced.token_embedding.weight: 0.02,
+        forced.positional_embedding: 0.01,
+        crossing.attn.in_proj_weight: 128**-0.5,
+        crossing.attn.out_proj.weight: 128**-0.5 / 24**0.5,
+    }
     for parameter, std in spread.items():
         tolerance = 4 / (2 * parameter.numel()) ** 0.5  # four standard errors of a standard deviation
         assert parameter.std().item() == pytest.approx(std, rel=tolerance)
@@ -280,8 +490,11 @@ def test_initial_values_have_the_measured_spread() -> None:
     assert not any(p.any() for name, p in small.named_parameters() if name.endswith("bias"))
 
 
-def test_initialisation_reaches_every_parameter() -> None:
-    made = build_model(SMALL.model_copy(update={"pos_embed": "learned"}))
+@pytest.mark.parametrize("decoder", ["queries", "teacher_forced"])
+@pytest.mark.parametrize("fusion", ["concat", "cross_attention"])
+def test_initialisation_reaches_every_parameter(decoder: str, fusion: str) -> None:
+    changes = {"pos_embed": "learned", "decoder": decoder, "fusion": fusion}
+    made = build_model(SMALL.model_copy(update=changes), sigmoid=True)
     for parameter in made.parameters():
         parameter.data.fill_(float("nan"))
     model_room.initialise(made, torch.Generator().manual_seed(0))

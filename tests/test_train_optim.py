@@ -8,7 +8,7 @@ import torch
 
 from clips_train.config import ModelConfig
 from clips_train.model import ClipsModel, build_model
-from clips_train.optim import build_optimizer, kernels, learning_rate
+from clips_train.optim import MovingAverage, build_optimizer, clip_gradient, kernels, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +82,25 @@ def test_learning_rate_rises_linearly_then_falls_along_a_cosine_to_zero() -> Non
 def test_learning_rate_without_warm_up_starts_at_the_peak_and_never_rises_again() -> None:
     assert learning_rate(0, num_steps=4, warmup_steps=0, peak=2.0) == 2.0
     assert learning_rate(9, num_steps=4, warmup_steps=0, peak=2.0) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_gradient_is_clipped_to_the_norm_and_a_shorter_one_is_left_alone() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+    for weight, gradient in zip(weights, ([3.0, 0.0], [4.0]), strict=True):
+        weight.grad = torch.tensor(gradient)
+    clip_gradient(weights, 5.0, 10.0)
+    assert weights[0].grad is not None and weights[0].grad.tolist() == [3.0, 0.0]
+    clip_gradient(weights, 5.0, 1.0)
+    assert [gradient for weight in weights for gradient in weight.grad.tolist()] == pytest.approx([0.6, 0.0, 0.8])
+
+
+def test_the_moving_average_follows_the_trained_weights_only() -> None:
+    model = torch.nn.Linear(1, 1)
+    model.bias.requires_grad_(False)
+    torch.nn.init.constant_(model.weight, 0.0)
+    average = MovingAverage(model, 0.75)
+    torch.nn.init.constant_(model.weight, 1.0)
+    average.update()
+    average.update()
+    assert average.weights.keys() == {"weight"}
+    assert average.weights["weight"].item() == pytest.approx(1 - 0.75**2)

@@ -1,4 +1,4 @@
-"""The training step and loop: gradients, accumulation, resumption after any kind of stop, refusals."""
+"""The training loop: what it writes, how it stops and goes on, what it refuses, stages."""
 
 from __future__ import annotations
 
@@ -8,35 +8,44 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import shardmaker
 import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from clips_data.errors import Interrupted, ResumeRefused, UserError
-from clips_train import checkpoint, step
+from clips_train import checkpoint, flops, guard, preparing, step
 from clips_train import train as train_module
+from clips_train.batch import Batch
+from clips_train.checkpoint import Progress
 from clips_train.config import TrainConfig
-from clips_train.data import Batch, SampleStream
-from clips_train.losses import caption_loss, clips_contrastive_loss
+from clips_train.data import SampleStream
+from clips_train.distributed import World
+from clips_train.flops import StepShape
 from clips_train.metrics import read_metrics
 from clips_train.model import ClipsModel, build_model
+from clips_train.parts import Targets, split
+from clips_train.run import Run
 from clips_train.shards import open_split
+from clips_train.stages import stages_of
 from clips_train.tokenizer import build_tokenizer
 from clips_train.train import train
 
 CPU = torch.device("cpu")
-TIMES = ("step_s", "samples_per_s")
+ALONE = World.alone()
+TIMES = ("step_s", "samples_per_s", "tokens_per_s", "data_wait_share", "model_tflops_per_s")
+ROOT = Path(__file__).parents[1]
 
 
 def config(**change: Any) -> TrainConfig:
     settings: dict[str, Any] = {
         "size": "tiny", "image_px": 16, "context_length": 12, "target_length": 24, "batch": 8, "samples": 48,
         "lr": 1e-3, "warmup_samples": 8, "checkpoint_samples": 16, "log_steps": 1, "caption_negatives": 50,
+        "device": "cpu",
     }  # fmt: skip
     return TrainConfig(**settings | change)
 
@@ -50,7 +59,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
-    train(config(), shards=shards, out=out, quiet=True)
+    train(config(ema=0.5), shards=shards, out=out, quiet=True)
     return out
 
 
@@ -61,73 +70,18 @@ def first_batch(shards: Path, settings: TrainConfig) -> Batch:
     return batch
 
 
-def gradients(settings: TrainConfig, batch: Batch) -> tuple[step.Losses, dict[str, torch.Tensor]]:
-    model = build_model(settings.model)
-    losses = step.backward(model, batch, settings, CPU)
-    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def trainee(settings: TrainConfig) -> step.Trainee:
+    return step.Trainee(build_model(settings.model), settings, build_tokenizer("bpe"))
 
 
 def rows_without_times(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run / "metrics.jsonl")]
 
 
-def final_weights(run: Path) -> bytes:
-    return (checkpoint.find(run) / checkpoint.WEIGHTS).read_bytes()
-
-
-@pytest.mark.parametrize("accumulation", [2, 4])
-@pytest.mark.parametrize(("negatives", "every"), [(0, 1), (50, 1), (50, 3)])
-def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(
-    shards: Path, accumulation: int, negatives: int, every: int
-) -> None:
-    whole = config(precision="fp32", caption_negatives=negatives, caption_every=every)
-    parts = config(precision="fp32", caption_negatives=negatives, caption_every=every, accumulation=accumulation)
-    batch = first_batch(shards, whole)
-    losses, expected = gradients(whole, batch)
-    same_losses, found = gradients(parts, batch)
-    assert same_losses.total == pytest.approx(losses.total, rel=1e-5)
-    assert same_losses.contrastive == pytest.approx(losses.contrastive, rel=1e-5)
-    assert found.keys() == expected.keys() and "towers.logit_scale" in found
-    for name, gradient in expected.items():
-        torch.testing.assert_close(
-            found[name], gradient, rtol=1e-3, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
-def test_the_step_is_the_weighted_sum_of_the_two_losses(shards: Path) -> None:
-    settings = config(precision="fp32", caption_negatives=0)
-    batch = first_batch(shards, settings)
-    losses, _ = gradients(settings, batch)
-    model = build_model(settings.model)
-    part = step.split(batch, settings, CPU)[0]
-    image_NE, patch_tokens = model.encode_image(part.image_NCHW)
-    web_NE, web_states = model.encode_text(batch.web_NL)
-    short_NE, _ = model.encode_text(batch.short_NL)
-    contrastive = clips_contrastive_loss(image_NE, web_NE, short_NE, model.logit_scale.exp())
-    assert model.decoder is not None
-    states = model.caption_states(patch_tokens, web_states)
-    caption = caption_loss(states, model.decoder.head.weight, batch.labels_NQ, batch.mask_NQ)
-    assert losses.contrastive == pytest.approx(contrastive.item(), rel=1e-5)
-    assert losses.caption == pytest.approx(caption.item(), rel=1e-5)
-    assert losses.total == pytest.approx(contrastive.item() + 2 * caption.item(), rel=1e-5)
-
-
-def test_drawn_negatives_estimate_the_loss_over_the_whole_vocabulary(shards: Path) -> None:
-    """All of them give it exactly; a few hundred come near it."""
-    batch = first_batch(shards, config())
-
-    def loss(negatives: int) -> float:
-        return gradients(config(precision="fp32", caption_negatives=negatives), batch)[0].caption
-
-    assert loss(1_000_000) == pytest.approx(loss(0), rel=1e-4)
-    assert loss(500) == pytest.approx(loss(0), rel=0.02)
-
-
-def test_a_model_without_captioner_trains_on_the_contrastive_loss_alone(shards: Path, tmp_path: Path) -> None:
-    summary = train(config(decoder=False, caption_weight=0, samples=16), shards=shards, out=tmp_path, quiet=True)
-    assert summary["caption_loss"] == 0 and summary["loss"] == summary["contrastive_loss"]
-    with pytest.raises(ValueError, match="captioner"):
-        config(decoder=False)
+def final_weights(run: Path) -> tuple[bytes, ...]:
+    folder = checkpoint.find(run)
+    files = [folder / checkpoint.WEIGHTS, folder / checkpoint.AVERAGED, *(folder / checkpoint.STATE).iterdir()]
+    return tuple(path.read_bytes() for path in files if path.exists())
 
 
 def test_training_lowers_the_loss_and_counts_what_it_saw(undisturbed: Path) -> None:
@@ -138,6 +92,25 @@ def test_training_lowers_the_loss_and_counts_what_it_saw(undisturbed: Path) -> N
     assert rows[0]["contrastive_loss"] == pytest.approx(math.log(8), abs=0.7)
     assert rows[-1]["counts"] == {"loaded": 48}
     assert rows[0]["learning_rate"] == 1e-3 > rows[-1]["learning_rate"] > 0
+    for row in rows:
+        assert row["grad_norm"] > 0 and row["skipped_steps"] == 0 and row["loss_mean"] == row["loss"]
+        assert row["tokens_per_s"] > row["samples_per_s"] > 0 and row["model_tflops_per_s"] >= 0
+        assert 0 <= row["data_wait_share"] <= 1 and "mfu" not in row and "distillation_loss" not in row
+    assert len({row["batch_digest"] for row in rows}) == 6
+
+
+def test_rows_are_written_at_log_steps_and_tell_the_mean_since_the_last(
+    shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    every = read_metrics(undisturbed / "metrics.jsonl")
+    train(config(ema=0.5, log_steps=4, peak_tflops=100), shards=shards, out=tmp_path, quiet=True)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [4, 6]
+    assert rows[0]["loss"] == every[3]["loss"]
+    assert rows[0]["loss_mean"] == pytest.approx(sum(row["loss"] for row in every[:4]) / 4)
+    assert rows[1]["loss_mean"] == pytest.approx(sum(row["loss"] for row in every[4:]) / 2)
+    assert rows[1]["batch_digest"] == every[5]["batch_digest"]
+    assert rows[1]["mfu"] >= 0
 
 
 def test_a_finished_run_is_skipped_and_another_config_is_refused_with_the_difference(
@@ -145,16 +118,44 @@ def test_a_finished_run_is_skipped_and_another_config_is_refused_with_the_differ
 ) -> None:
     before = final_weights(undisturbed)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "build_model", None)
-        assert train(config(), shards=shards, out=undisturbed, quiet=True)["skipped"]
-        assert train(config(num_workers=3, log_steps=9), shards=shards, out=undisturbed, quiet=True)["skipped"]
+        patch.setattr(train_module, "Run", None)
+        assert train(config(ema=0.5), shards=shards, out=undisturbed, quiet=True)["skipped"]
+        other = config(ema=0.5, num_workers=3, log_steps=9, accumulation=2, compile=True)
+        assert train(other, shards=shards, out=undisturbed, quiet=True)["skipped"]
         with pytest.raises(ResumeRefused, match=r"config lr: 0\.001 before, 0\.002 now"):
-            train(config(lr=2e-3), shards=shards, out=undisturbed, quiet=True)
+            train(config(ema=0.5, lr=2e-3), shards=shards, out=undisturbed, quiet=True)
     assert final_weights(undisturbed) == before
 
 
+def stop_after(steps: int, settings: TrainConfig, shards: Path, out: Path) -> None:
+    """Sends this process SIGTERM in the middle of a step, as a preemption would."""
+    original = Run.take_step
+
+    def take_step(self: Run, batch: Batch, stop: bool) -> bool:
+        if self.progress.step + 1 == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, stop or self.progress.step + 1 == steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "take_step", take_step)
+        with pytest.raises(Interrupted, match=f"after step {steps} of 6"):
+            train(settings, shards=shards, out=out, quiet=True)
+
+
+def test_sigterm_is_a_clean_stop_from_which_the_run_continues_exactly(
+    shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    stop_after(3, config(ema=0.5), shards, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint.find(tmp_path).name == "step-00000003"
+    train(config(ema=0.5), shards=shards, out=tmp_path, quiet=True)
+    assert rows_without_times(tmp_path) == rows_without_times(undisturbed)
+    assert final_weights(tmp_path) == final_weights(undisturbed)
+
+
 def test_a_stopped_run_of_another_config_is_refused_and_overwrite_starts_afresh(shards: Path, tmp_path: Path) -> None:
-    stop_after(2, shards, tmp_path)
+    stop_after(2, config(), shards, tmp_path)
     with pytest.raises(ResumeRefused, match="seed"):
         train(config(seed=1), shards=shards, out=tmp_path, quiet=True)
     summary = train(config(seed=1, samples=16), shards=shards, out=tmp_path, overwrite=True, quiet=True)
@@ -162,106 +163,272 @@ def test_a_stopped_run_of_another_config_is_refused_and_overwrite_starts_afresh(
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def stop_after(steps: int, shards: Path, out: Path) -> None:
-    """Sends this process SIGTERM in the middle of a step, as a preemption would."""
-    taken = 0
-    original = step.backward
+def test_what_the_shards_do_not_have_is_refused_before_the_folder_is_begun(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="synthetik"):
+        train(config(target="synthetik"), shards=shards, out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
 
-    def backward(*arguments: Any) -> step.Losses:
+
+# --- steps that go wrong ----------------------------------------------------------------------------------------------
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int], spoilt: float = float("nan")) -> None:
+    """Makes the loss of these steps ``spoilt`` times what it is, and their gradient with it."""
+    original, taken = step.backward, -1  # the first call only looks at what is trained
+
+    def backward(trainee: Any, *more: Any) -> step.Losses:
         nonlocal taken
         taken += 1
-        if taken == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
+        losses = original(trainee, *more)
+        if taken not in steps:
+            return losses
+        for parameter in trainee.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= spoilt
+        return step.Losses(losses.total * spoilt, losses.contrastive * spoilt, losses.caption, losses.distillation)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "backward", backward)
-        with pytest.raises(Interrupted, match=f"after step {steps} of 6"):
-            train(config(), shards=shards, out=out, quiet=True)
-
-
-def test_sigterm_is_a_clean_stop_from_which_the_run_continues_exactly(
-    shards: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    stop_after(3, shards, tmp_path)
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert checkpoint.find(tmp_path).name == "step-00000003"
-    train(config(), shards=shards, out=tmp_path, quiet=True)
-    assert rows_without_times(tmp_path) == rows_without_times(undisturbed)
-    assert final_weights(tmp_path) == final_weights(undisturbed)
-
-
-KILLED = """
-import sys, torch
-from pathlib import Path
-from clips_train.config import TrainConfig
-from clips_train.train import train
-torch.set_num_threads(1)
-train(TrainConfig.model_validate_json(sys.argv[1]), shards=Path(sys.argv[2]), out=Path(sys.argv[3]), quiet=True)
-"""
-
-
-def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    for _ in range(6000):
-        if ready():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    raise AssertionError("the moment never came")
-
-
-def test_after_sigkill_the_run_continues_with_the_same_metrics_and_weights(
-    shards: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    arguments = [sys.executable, "-c", KILLED, config().model_dump_json(), str(shards), str(tmp_path)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1])
-    wait_until(lambda: len(read_metrics(tmp_path / "metrics.jsonl")) >= 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "train.done.json").exists()
-    stood = checkpoint.latest(tmp_path)
-    assert stood is not None and 2 <= checkpoint.read_about(stood)["step"] < 6
-    train(config(), shards=shards, out=tmp_path, quiet=True)
-    assert rows_without_times(tmp_path) == rows_without_times(undisturbed)
-    assert final_weights(tmp_path) == final_weights(undisturbed)
+    monkeypatch.setattr(step, "backward", backward)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update_and_names_the_step(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = 0
-    original = ClipsModel.encode_image
-
-    def encode_image(self: ClipsModel, image: torch.Tensor) -> Any:
-        nonlocal taken
-        taken += 1
-        features, tokens = original(self, image)
-        return (features * float("nan") if taken == 3 else features), tokens
-
-    monkeypatch.setattr(ClipsModel, "encode_image", encode_image)
-    with pytest.raises(UserError, match=r"step 3: the loss is nan .*not updated"):
-        train(config(), shards=shards, out=tmp_path, quiet=True)
+    spoil(monkeypatch, {3})
+    with pytest.raises(UserError, match=r"step 3: the loss is nan .*contrastive nan.*not updated"):
+        train(config(max_skipped_steps=0), shards=shards, out=tmp_path, quiet=True)
     newest = checkpoint.find(tmp_path)
     assert checkpoint.read_about(newest)["step"] == 2
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
-    model = build_model(config().model)
-    checkpoint.load_weights(newest, model)
-    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    assert all(tensor.isfinite().all() for tensor in load_file(newest / checkpoint.WEIGHTS).values())
 
 
-def test_the_logit_scale_is_clamped_only_when_asked(shards: Path) -> None:
+def test_a_few_steps_may_be_left_out_and_are_counted(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, {2, 3, 5})
+    summary = train(config(max_skipped_steps=2), shards=shards, out=tmp_path, quiet=True)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows] == [0, 1, 2, 2, 3, 3] and summary["skipped_steps"] == 3
+    assert rows[1]["loss"] == rows[2]["loss"] == rows[0]["loss"] and rows[1]["grad_norm"] is None
+    monkeypatch.undo()
+    spoil(monkeypatch, {2, 3})
+    with pytest.raises(UserError, match="step 3: the loss is nan, as in the 1 steps before it"):
+        train(config(max_skipped_steps=1), shards=shards, out=tmp_path / "more", quiet=True)
+
+
+def test_a_spike_is_left_out_where_it_is_asked_for(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, {4}, 50.0)
+    assert train(config(spike_factor=10), shards=shards, out=tmp_path / "a", quiet=True)["skipped_steps"] == 1
+    spoil(monkeypatch, {4}, 50.0)
+    assert train(config(), shards=shards, out=tmp_path / "b", quiet=True)["skipped_steps"] == 0
+
+
+def test_a_fault_is_named_and_the_recent_mean_follows_the_losses() -> None:
+    settings, progress = config(spike_factor=3), Progress(1, 8, {}, recent_loss=2.0)
+    assert guard.fault(5.9, 1.0, progress, settings) is None
+    assert "3 times the recent mean of 2" in str(guard.fault(6.1, 1.0, progress, settings))
+    assert "norm of the gradient is inf" in str(guard.fault(1.0, math.inf, progress, settings))
+    assert guard.after(progress, {"total": 3.0}, None).recent_loss == pytest.approx(2.02)
+    assert guard.after(progress, {"total": 9.0}, "a spike").recent_loss == 2.0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("can't allocate memory")])
+def test_memory_that_runs_out_is_told_with_what_to_change(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def take_step(self: Run, batch: Batch, stop: bool) -> bool:
+        raise error
+
+    monkeypatch.setattr(Run, "take_step", take_step)
+    with pytest.raises(UserError, match=r"step 1, with 4 samples at a time \(batch 8 in 2 parts .*gradient_checkpoin"):
+        train(config(accumulation=2), shards=shards, out=tmp_path, quiet=True)
+
+
+def test_a_disk_that_is_full_ends_the_run_at_the_next_step(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(part: Path, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "publish", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        train(config(), shards=shards, out=tmp_path, quiet=True)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) < 6
+
+
+# --- what a run can be told -------------------------------------------------------------------------------------------
+
+
+def test_the_logit_scale_is_clamped_only_when_asked(shards: Path, tmp_path: Path) -> None:
     for clamp, expected in ((True, 100.0), (False, 150.0)):
-        run = train_module._Run(
-            config(clamp_logit_scale=clamp), open_split(shards, "train"), shards.parent / str(clamp)
-        )
-        with run:
+        settings, split = config(clamp_logit_scale=clamp), open_split(shards, "train")
+        with Run(settings, split, build_tokenizer("bpe"), tmp_path / str(clamp), ALONE, source=None, quiet=True) as run:
             run.model.logit_scale.data.fill_(math.log(150))
-            run.take_step(first_batch(shards, config()))
-        assert run.model.logit_scale.exp().item() == pytest.approx(expected, rel=0.01)
+            run.take_step(first_batch(shards, settings), False)
+            assert run.model.logit_scale.exp().item() == pytest.approx(expected, rel=0.01)
+
+
+def test_the_gradient_is_clipped_when_asked(shards: Path, tmp_path: Path) -> None:
+    settings = config(grad_clip=0.5, precision="fp32")
+    with Run(
+        settings, open_split(shards, "train"), build_tokenizer("bpe"), tmp_path, ALONE, source=None, quiet=True
+    ) as run:
+        seen = []
+        run._optimizer.register_step_pre_hook(
+            lambda optimizer, *_: seen.append(
+                sum(float(p.grad.square().sum()) for group in optimizer.param_groups for p in group["params"]) ** 0.5
+            )
+        )
+        run.take_step(first_batch(shards, settings), False)
+        assert run._norm > 0.5 and seen == [pytest.approx(0.5, rel=1e-3)]
+
+
+def test_what_nothing_trains_is_frozen_and_everything_else_is_not(shards: Path) -> None:
+    def frozen(**change: Any) -> set[str]:
+        settings = config(**change)
+        return set(preparing.freeze_unused(trainee(settings), first_batch(shards, settings), settings, CPU))
+
+    assert frozen() == set()
+    heads = {"model.towers.logit_scale", "model.towers.visual.proj", "model.towers.text_projection"}
+    assert heads < (captions := frozen(views=[])) and "model.towers.token_embedding.weight" not in captions
+    assert "model.towers.token_embedding.weight" in frozen(views=[], condition=None)
+    assert "model.towers.token_embedding.weight" in frozen(views=[], stop_gradient=True)
+
+
+def test_scores_on_held_out_samples_come_with_the_row_of_their_step(shards: Path, tmp_path: Path) -> None:
+    train(config(eval_samples=20, log_steps=4, ema=0.5), shards=shards, out=tmp_path, quiet=True)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], "eval_image_to_text_r1" in row) for row in rows] == [
+        (3, True),
+        (4, False),
+        (5, True),
+        (6, False),
+    ]
+    assert rows[0]["eval_num_images"] == 8 and 0 <= rows[0]["eval_text_to_image_r1"] <= 1
+
+
+def test_scores_without_held_out_samples_are_refused(tmp_path: Path) -> None:
+    folder = shardmaker.write_shards(tmp_path / "shards", num_heldout=0)
+    with pytest.raises(UserError, match="no held-out samples"):
+        train(config(eval_samples=8), shards=folder, out=tmp_path / "run", quiet=True)
+
+
+def test_overfitting_a_batch_tells_how_well_it_is_known(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(overfit=8, samples=240, log_steps=30, checkpoint_samples=1000, warmup_samples=0, image_px=32)
+    summary = train(settings, shards=shards, out=tmp_path)
+    assert summary["batch_image_to_text_r1"] > 0.8 and summary["loss"] < 8
+    assert "Overfit: loss" in capsys.readouterr().err
+
+
+def test_compiled_blocks_train_alike(shards: Path, tmp_path: Path) -> None:
+    whole = config(precision="fp32", samples=8)
+    expected = train(whole, shards=shards, out=tmp_path / "a", quiet=True)
+    found = train(config(precision="fp32", samples=8, compile=True), shards=shards, out=tmp_path / "b", quiet=True)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    weights, compiled = (load_file(checkpoint.find(tmp_path / run) / checkpoint.WEIGHTS) for run in "ab")
+    assert weights.keys() == compiled.keys()
 
 
 def test_the_resolved_config_is_saved_with_the_run(undisturbed: Path) -> None:
     saved = json.loads((undisturbed / "config.json").read_text())
-    assert TrainConfig(**saved) == config()
+    assert TrainConfig(**saved) == config(ema=0.5)
     assert saved["beta2"] == TrainConfig.model_fields["beta2"].default
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"caption_negatives": 0, "caption_every": 2, "text_padding": "trimmed"},
+        {"decoder": "teacher_forced", "fusion": "cross_attention", "image_tokens_kept": 0.5, "image_px": 64},
+        {"decoder": "none", "caption_weight": 0},
+        {"views": ["web", {"from": "synthetic", "reduce": "one_piece", "count": 2, "negatives": ["web"]}]},
+    ],
+)
+def test_the_arithmetic_of_a_step_is_counted_as_torch_counts_it(shards: Path, change: dict[str, Any]) -> None:
+    settings = config(precision="fp32", **change)
+    batch, learner = first_batch(shards, settings), trainee(settings)
+    targets = Targets.of(batch, learner.num_tokens, settings, ALONE)
+    (part,) = split(batch, settings, learner.layout, CPU)
+    with FlopCounterMode(display=False) as counter:
+        step.backward(learner, batch, settings, CPU, ALONE)
+    shape = StepShape.of(learner)
+    assert shape.flops(part, targets, 1.0) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    num_patches = (settings.image_px // 16) ** 2
+    texts = part.text_RL.numel() + (part.captioned.labels_SQ.numel() if part.captioned else 0)
+    assert shape.tokens(part) == 8 * num_patches + texts
+
+
+def test_the_peak_of_a_device_is_found_by_the_longest_part_of_its_name() -> None:
+    assert flops.peak_of("NVIDIA H100 80GB HBM3") == 989 and flops.peak_of("NVIDIA H100 PCIe") == 756
+    assert flops.peak_of("NVIDIA L40S") == 362 and flops.peak_of("NVIDIA L4") == 121
+    assert flops.peak_of("NVIDIA A100-SXM4-80GB") == 312 and flops.peak_of("Radeon") == 0 == flops.peak_tflops(CPU)
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_starts_from_the_weights_of_the_one_before_and_finished_ones_are_skipped(
+    shards: Path, tmp_path: Path
+) -> None:
+    settings = config(stages=["image_px: 16, samples: 16", "{image_px: 32, samples: 8, batch: 4, lr: 1e-9}"])
+    summary = train(settings, shards=shards, out=tmp_path, quiet=True)
+    assert summary["step"] == 2 and not summary["skipped"]
+    first, last = (checkpoint.find(folder) for folder in (tmp_path / "stages" / "0", tmp_path))
+    assert checkpoint.read_about(first)["config"]["image_px"] == 16
+    assert checkpoint.read_about(last)["config"]["image_px"] == 32
+    before, after = load_file(first / checkpoint.WEIGHTS), load_file(last / checkpoint.WEIGHTS)
+    torch.testing.assert_close(after["towers.visual.proj"], before["towers.visual.proj"], rtol=0, atol=1e-6)
+    assert TrainConfig(**json.loads((tmp_path / "config.json").read_text())) == settings
+    assert train(settings, shards=shards, out=tmp_path, quiet=True)["skipped"]
+    with pytest.raises(ResumeRefused, match="lr"):
+        changed = config(stages=["image_px: 16, samples: 16, lr: 2e-3", settings.stages[1]])
+        train(changed, shards=shards, out=tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("imag_px: 32", "Stage 0 sets 'imag_px'.*Did you mean 'image_px'"),
+        ("stages: [a]", "'stages', which belongs to the whole run"),
+        ("image_px: many", r"Stage 0 \(image_px: many\) makes no sense: image_px"),
+        ("image_px: 33", "not a multiple of the 16 px patch"),
+        ("image_px 32", "Stage 0 sets 'image_px 32'"),
+        ("image_px: [", "Stage 0 is not YAML"),
+        ("[1, 2]", "Stage 0 "),
+    ],
+)
+def test_a_stage_that_makes_no_sense_is_refused_in_a_sentence(line: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        stages_of(config(stages=[line]))
+
+
+def test_stages_are_the_run_with_what_differs() -> None:
+    assert stages_of(config()) == [config()]
+    first, second = stages_of(config(stages=["samples: 16, lr_base: 4e-7", "lr: null"]))
+    assert first == config(samples=16, lr_base=4e-7) and second == config(lr=None)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_trains_under_torchrun_and_one_process_talks(shards: Path, tmp_path: Path) -> None:
+    options = "--size tiny --image-px 32 --context-length 12 --target-length 12 --batch 8 --samples 16 --device cpu"
+    work = [*options.split(), "--work", str(tmp_path), "--name", "two", "--checkpoint-samples", "8"]
+    (tmp_path / "shards").symlink_to(shards)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, "train", *work], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [row["counts"] for row in read_metrics(tmp_path / "runs" / "two" / "metrics.jsonl")] == [{"loaded": 16}]
+    state = checkpoint.find(tmp_path / "runs" / "two") / checkpoint.STATE
+    assert len(list(state.iterdir())) == 2
+    refused = subprocess.run(
+        [*torchrun, "train", *work, "--batch", "7"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.count("batch 7 cannot be shared out: 2 processes") == 1

@@ -1,8 +1,9 @@
-"""Text views: what each reduction may return, on all small cases, and what stands in for a missing caption."""
+"""The reductions of text views: what each may return, on all small cases."""
 
 from __future__ import annotations
 
 import json
+import typing
 from collections import Counter
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -11,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from clips_data.errors import UserError
 from clips_data.split import split
 from clips_train import views
-from clips_train.views import Draw, NoCaption, Reduce
+from clips_train.config import Reduce, View
+from clips_train.views import Draw
 
 GOLDEN = Path(__file__).parent / "golden" / "subcaption.json"
 TEXT = "one two three. four five. six. seven eight nine ten."
@@ -38,15 +39,11 @@ def draws_of(seed: int = 0) -> list[Draw]:
     return [Draw(seed, epoch, f"{key:09d}") for epoch in range(2) for key in range(NUM_DRAWS // 2)]
 
 
-def about(web: str = "four", synthetic: str = TEXT) -> dict[str, Any]:
-    spans = [list(span) for span in split(synthetic, "period")]
-    return {"key": "0", "sha256": "", "web": web, "synthetic": synthetic, "sub_captions": {"synthetic": spans}}
-
-
-def views_of(sample: dict[str, Any], reduce: Reduce = "one_piece", **change: Any) -> views.TextViews:
-    settings: dict[str, Any] = {"web_column": "web", "synthetic_column": "synthetic", "reduce": reduce}
-    settings |= {"web_budget": 5, "short_budget": 4, "count": 1, "tokenizer": WORDS, "draw": Draw(0, 0, "0")}
-    return views.text_views(sample, **settings | change)
+def reduced(reduce: Reduce, budget: int, draw: Draw, text: str = TEXT, **view: Any) -> list[list[int]]:
+    """The texts of a view as words of ``WORDS``."""
+    spans = split(text, "period")
+    wanted = View(source="synthetic", reduce=reduce, **view)
+    return views.reduce_text(text, spans, wanted, budget=budget, tokenizer=WORDS, draw=draw)
 
 
 @pytest.mark.parametrize("num_tokens", range(1, 7))
@@ -149,8 +146,9 @@ def test_one_piece_is_the_authors_rule_and_cut_at_the_budget() -> None:
         text, spans, pieces = text_of(lengths)
         for place, budget in product(range(len(lengths)), range(1, 5)):
             draw = Chosen(0, 0, "", place=place, of=len(lengths))
-            ids = views.reduce_text(text, spans, "one_piece", budget=budget, count=1, tokenizer=Numbers(), draw=draw)
-            assert ids == pieces[place][:budget]
+            view = View(source="synthetic", reduce="one_piece")
+            ids = views.reduce_text(text, spans, view, budget=budget, tokenizer=Numbers(), draw=draw)
+            assert ids == [pieces[place][:budget]]
 
 
 def test_sentences_are_the_first_k_drawn_in_the_order_of_the_text() -> None:
@@ -162,10 +160,9 @@ def test_sentences_are_the_first_k_drawn_in_the_order_of_the_text() -> None:
                 if order.index(number) < count:
                     expected += [-1, *piece] if expected else piece
             draw, budget = in_order(order), 3 + count
-            ids = views.reduce_text(
-                text, spans, "sentences", budget=budget, count=count, tokenizer=Numbers(), draw=draw
-            )
-            assert ids == expected[:budget]
+            view = View(source="synthetic", reduce="sentences", pieces=count)
+            ids = views.reduce_text(text, spans, view, budget=budget, tokenizer=Numbers(), draw=draw)
+            assert ids == [expected[:budget]]
 
 
 @pytest.mark.parametrize(
@@ -215,10 +212,10 @@ def test_sub_caption_appends_whole_pieces_without_replacement_until_the_budget(b
 
 
 def test_sentences_are_drawn_without_replacement_and_stand_in_the_order_of_the_text() -> None:
-    seen = {views.sentences(TEXT, SPANS, 2, draw) for draw in draws_of()}
+    seen = {views.sentences(TEXT, SPANS, (2, 2), draw) for draw in draws_of()}
     assert len(seen) == 6
     assert "four five. six" in seen
-    assert views.sentences(TEXT, SPANS, 9, Draw(0, 0, "0")) == TEXT.removesuffix(".")
+    assert views.sentences(TEXT, SPANS, (9, 9), Draw(0, 0, "0")) == TEXT.removesuffix(".")
 
 
 def test_equal_seed_epoch_and_key_draw_equal_views_and_others_do_not() -> None:
@@ -228,40 +225,38 @@ def test_equal_seed_epoch_and_key_draw_equal_views_and_others_do_not() -> None:
     assert first[: NUM_DRAWS // 2] != first[NUM_DRAWS // 2 :], "the epoch has no effect"
 
 
-def test_views_stay_within_their_budgets() -> None:
-    for reduce in ("none", "truncate", "random", "block", "sub_caption", "one_piece", "sentences"):
-        texts = views_of(about(web=TEXT), reduce)
-        assert len(texts.web) == 5
-        assert 0 < len(texts.short) <= 4
-        assert texts.target == TEXT
-        assert texts.fallbacks == ()
+@pytest.mark.parametrize("reduce", typing.get_args(Reduce))
+def test_views_stay_within_their_budgets(reduce: Reduce) -> None:
+    for draw in draws_of()[:50]:
+        (ids,) = reduced(reduce, 4, draw)
+        assert 0 < len(ids) <= 4
 
 
-@pytest.mark.parametrize("synthetic", ["", "...", ". "])
-def test_a_synthetic_caption_without_a_piece_is_replaced_by_the_web_caption_and_counted(synthetic: str) -> None:
-    texts = views_of(about(web="one two three", synthetic=synthetic))
-    web = WORDS.pieces("one two three")
-    assert (texts.web, texts.short, texts.target) == (web, web, "one two three")
-    assert texts.fallbacks == ("synthetic_empty",)
+def test_first_piece_is_the_first_sentence() -> None:
+    assert reduced("first_piece", 9, Draw(0, 0, "0")) == [WORDS.pieces("one two three")]
 
 
-def test_an_empty_web_caption_is_replaced_by_the_synthetic_one_and_counted() -> None:
-    texts = views_of(about(web=" "))
-    assert texts.web == WORDS.pieces(TEXT)[:5]
-    assert texts.fallbacks == ("web_empty",)
+def test_several_pieces_are_different_ones_and_no_more_than_there_are() -> None:
+    known = [WORDS.pieces(TEXT[start:end]) for start, end in SPANS]
+    firsts = Counter[int]()
+    for draw in draws_of():
+        texts = reduced("one_piece", 9, draw, count=3)
+        numbers = [known.index(ids) for ids in texts]
+        assert len(set(numbers)) == 3
+        firsts[numbers[0]] += 1
+        assert len(reduced("one_piece", 9, draw, count=9)) == len(known) == 4
+    assert len(firsts) == 4
 
 
-def test_no_caption_at_all_is_a_reason_and_not_an_empty_text() -> None:
-    with pytest.raises(NoCaption) as caught:
-        views_of(about(web="", synthetic=""))
-    assert caught.value.reason == "no_caption"
-
-
-def test_a_column_that_the_shards_lack_is_named_with_the_nearest_one() -> None:
-    with pytest.raises(UserError, match=r"synthetics.*'synthetic'"):
-        views_of(about(), synthetic_column="synthetics")
-    with pytest.raises(UserError, match="no sub-captions of column 'web'"):
-        views_of(about(), synthetic_column="web")
+def test_several_joined_texts_have_a_drawn_number_of_pieces_each() -> None:
+    lengths, texts = Counter[int](), Counter[tuple[int, ...]]()
+    for draw in draws_of():
+        found = reduced("sentences", 99, draw, count=2, pieces="1-3")
+        assert len(found) == 2
+        lengths.update(ids.count(0) + 1 for ids in found)  # joined by full stops
+        texts.update(map(tuple, found))
+    assert set(lengths) == {1, 2, 3} and min(lengths.values()) > NUM_DRAWS * 2 / 3 * 0.7
+    assert len(texts) == 4 + 6 + 4
 
 
 def test_the_authors_pieces_are_what_one_piece_draws_from() -> None:

@@ -1,38 +1,48 @@
-"""The clips engine: a captioner that ``clips train`` made, on the image and the web caption.
+"""The clips engine: a captioner that ``clips train`` made, on the image and, for most, a text beside it.
 
-It is given no instruction: the prompt's text is the web caption and nothing else (``user: "{web}"``). Each slot of the
-answer takes its likeliest token without seeing the others (METHOD §2.3), so decoding settings and seeds do not apply.
+It is given no instruction: the prompt's text is that text and nothing else, a web caption (``user: "{web}"``) or
+another column; a captioner of the image alone is given none (``user: ""``). A teacher-forced captioner decodes as the
+prompt's sampling says; the slots of ``queries`` do not see each other's words (METHOD §2.3), so only greedy is left.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from clips_data.errors import UserError
+from clips_data.recaption.choosing import GREEDY_BELOW
 from clips_data.recaption.engines import Answer, BatchEngine, Engine, Request
 
 if TYPE_CHECKING:
     import torch
+
+    from clips_data.recaption import engines
+    from clips_train.decoding import Decoding
 
 SPECIAL_TOKENS: Final = {
     "bpe": ("<start_of_text>", "<end_of_text>"),
     "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
 }
 """By tokenizer, what stands for a special id when it stands in a text."""
+NO_COUNTERPART: Final = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "stop": ()}
+"""Decoding settings that the captioner does not know, by the value that asks for nothing."""
 
 
 @dataclass(frozen=True)
 class BuildClips:
     """Builds the engine in the child process that it is sent to.
 
-    ``run`` is the folder of a training run, whose newest checkpoint is taken, or that of a checkpoint.
+    ``run`` is the folder of a training run, whose newest checkpoint is taken, or that of a checkpoint. ``columns`` are
+    those that the prompt reads beside the image; ``None`` leaves it to the rows whether they fit the captioner.
     """
 
     run: str
     max_batch_rows: int = 64
     device: str = "auto"
+    columns: tuple[str, ...] | None = None
 
     def __call__(self) -> Engine:
         return ClipsEngine(self)
@@ -40,12 +50,12 @@ class BuildClips:
 
 class ClipsEngine(BatchEngine):
     def __init__(self, settings: BuildClips) -> None:
-        """Raises ``UserError`` for a run without checkpoint, and for one that was trained without a captioner."""
+        """Raises ``UserError`` for a run without checkpoint or captioner, and for a prompt whose inputs do not fit."""
         try:
             import torch
 
             from clips_data import __version__
-            from clips_train import generate
+            from clips_train import decoding, generate
         except ImportError as error:
             raise UserError(
                 f"The clips engine needs {error.name}, which is not installed. Run: pip install 'clips[train]'"
@@ -53,8 +63,10 @@ class ClipsEngine(BatchEngine):
 
         super().__init__(settings.max_batch_rows)
         self._trained = generate.load_trained(Path(settings.run), settings.device)
-        if self._trained.model.decoder is None:
-            raise UserError(f"{self._trained.folder} has no captioner: it was trained with decoder false.")
+        generate.check(self._trained, decoding.GREEDY)
+        if settings.columns is not None:
+            self._check_columns(settings.columns)
+        self._has_warned = False
         on_gpu = self._trained.device.type == "cuda"
         self.about: dict[str, Any] = {
             "engine_version": f"clips {__version__}, torch {torch.__version__}",
@@ -64,29 +76,71 @@ class ClipsEngine(BatchEngine):
             "capacity": 2 * settings.max_batch_rows,
         }
 
+    def _check_columns(self, columns: tuple[str, ...]) -> None:
+        trained = self._trained
+        if columns and not trained.reads_text:
+            raise UserError(
+                f"The captioner of {trained.folder} reads the image alone, and the prompt also has "
+                f'{", ".join(columns)}. Use a prompt with inputs [image] whose only text is user: "".'
+            )
+        if not columns and trained.needs_text:
+            raise UserError(
+                f"The captioner of {trained.folder} was never trained without a text beside the image, and the prompt "
+                'reads none. Use a prompt with inputs [image, web] whose only text is user: "{web}", or train with '
+                "--condition-drop 0.1 or --condition none."
+            )
+
     def add(self, number: int, request: Request) -> None:
         """Raises ``UserError`` for what no request to this captioner may have: all rows of a prompt have it."""
+        from clips_train import generate
+
         for asked, what in (
             (request.image is None, "a prompt without image"),
             (request.system is not None, "a system text"),
             (request.shape is not None, "several outputs"),
+            (bool(request.user.strip()) and not self._trained.reads_text, "a text: it reads the image alone"),
         ):
             if asked:
                 raise UserError(
-                    f"A captioner that clips trained cannot serve {what}: it takes an image and a web caption. Use a "
-                    'prompt with inputs [image, web] whose only text is user: "{web}", or another --model.'
+                    f"The captioner of {self._trained.folder} cannot serve {what}. Use a prompt with inputs "
+                    '[image, web] whose only text is user: "{web}", or inputs [image] and user: "" for one that reads '
+                    "the image alone, or another --model."
                 )
+        generate.check(self._trained, self._decoding(request.decoding))
         super().add(number, request)
 
-    def answer(self, requests: list[Request]) -> list[Answer]:
-        import torch
+    def _decoding(self, asked: engines.Decoding) -> Decoding:
+        """The prompt's settings as the captioner's own. Raises ``UserError`` for those that it does not have."""
+        from clips_train.decoding import Decoding
 
+        for name, nothing in NO_COUNTERPART.items():
+            if getattr(asked, name) != nothing:
+                raise UserError(
+                    f"A captioner that clips trained knows no {name}. Leave it out of the prompt's sampling, or use "
+                    "another --model."
+                )
+        greedy = Decoding(max_tokens=asked.max_tokens, repetition_penalty=asked.repetition_penalty)
+        if asked.temperature < GREEDY_BELOW:
+            return greedy
+        return replace(
+            greedy,
+            strategy="top_p",
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=asked.top_k,
+            min_p=asked.min_p,
+        )
+
+    def answer(self, requests: list[Request]) -> list[Answer]:
+        answers = [Answer("unreadable_image")] * len(requests)
         pixels = [self._pixels(request) for request in requests]
         whole = [row for row, picture in enumerate(pixels) if picture is not None]
-        answers = [Answer("unreadable_image")] * len(requests)
-        if whole:
-            stacked = torch.stack([picture for picture in pixels if picture is not None])
-            for row, found in zip(whole, self._captions(stacked, [requests[row].user for row in whole]), strict=True):
+        # A prompt may draw settings for each row (top_k_weights).
+        for decoding, rows in _alike(whole, [self._decoding(request.decoding) for request in requests]):
+            pictures = [picture for row in rows if (picture := pixels[row]) is not None]
+            for row, found in zip(
+                rows, self._captions(pictures, [requests[row] for row in rows], decoding), strict=True
+            ):
                 answers[row] = found
         return answers
 
@@ -100,29 +154,27 @@ class ClipsEngine(BatchEngine):
         except transforms.BadImage:
             return None
 
-    def _captions(self, pixels_BCHW: torch.Tensor, web_captions: list[str]) -> list[Answer]:
-        """What ``generate.caption_images`` does, with the ids kept: they tell how an answer ended."""
+    def _captions(self, pixels: list[torch.Tensor], requests: list[Request], decoding: Decoding) -> list[Answer]:
         import torch
 
-        from clips_train import generate, transforms
+        from clips_train import generate
 
-        model, tokenizer, config = self._trained.model, self._trained.tokenizer, self._trained.config
-        assert model.decoder is not None
-        with torch.inference_mode():
-            device = self._trained.device
-            _, patch_tokens_BPW = model.encode_image(transforms.normalise(pixels_BCHW.to(device)))
-            ids_BL = tokenizer.text_ids(web_captions, config.context_length).to(device)
-            _, web_states_BTW = model.encode_text(ids_BL)
-            states_BQD = model.caption_states(patch_tokens_BPW, web_states_BTW)
-            ids = generate.decode_slots(states_BQD, model.decoder.head.weight, tokenizer.eos_id)
-        most = states_BQD.shape[1]
+        trained, texts = self._trained, [request.user for request in requests]
+        if not self._has_warned and (warning := generate.missing_text(trained, texts)):
+            print(warning, file=sys.stderr, flush=True)
+            self._has_warned = True
+        keys = [str(request.seed) for request in requests]
+        found = generate.captions(trained, torch.stack(pixels), texts, decoding=decoding, keys=keys)
+        budget = trained.tokenizer.budget(trained.config.context_length)
         return [
-            Answer(
-                "ok",
-                tokenizer.decode(row),
-                "length" if len(row) == most else "stop",
-                len(row),
-                min(tokenizer.num_tokens(web), tokenizer.budget(config.context_length)),
-            )
-            for row, web in zip(ids, web_captions, strict=True)
+            Answer("ok", one.text, one.finish, one.num_tokens, min(trained.tokenizer.num_tokens(text), budget))
+            for one, text in zip(found, texts, strict=True)
         ]
+
+
+def _alike(rows: list[int], decodings: list[Decoding]) -> list[tuple[Decoding, list[int]]]:
+    """Rows that decode alike, together."""
+    together: dict[Decoding, list[int]] = {}
+    for row in rows:
+        together.setdefault(decodings[row], []).append(row)
+    return list(together.items())

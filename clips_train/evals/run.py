@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,36 +22,71 @@ from clips_train import generate as generation
 from clips_train.config import EvalConfig
 from clips_train.evals.retrieval import retrieval_scores
 from clips_train.generate import Trained
+from clips_train.texts import trim
 
 FOLDER, UNIT = "eval", "eval"
 SCORES, CAPTIONS = "eval.json", "captions.jsonl"
 NOT_IN_DIGEST = frozenset({"batch", "device"})
+NOT_COLUMNS = ("key", "sha256")
+
+
+HEADLINE = "captions"
+"""The query set of the captions that came with the list."""
+
+Derived = Mapping[str, Callable[[Mapping[str, Any]], list[str] | None]]
+"""Query set → its texts of a sample, from the ``.json`` member, or ``None``; for texts that shards do not carry."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out sample that could be read."""
+    """A held-out sample that could be read, and its texts of each query set."""
 
     key: str
     picture: Image.Image
     about: dict[str, Any]
+    queries: Mapping[str, list[str]]
+
+
+@dataclass
+class Queries:
+    """Features of one query set so far, and which image each is of, among the images that have any."""
+
+    text_ME: list[Tensor] = field(default_factory=list)
+    image_of_text_M: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
+    """Numbers of these images among all."""
+
+    def add(self, image: int, num_texts: int) -> None:
+        if num_texts:
+            self.image_of_text_M.extend([len(self.images)] * num_texts)
+            self.images.append(image)
 
 
 @dataclass
 class Encoded:
     """Features of all samples so far, on the CPU, and the captions written for them."""
 
+    queries: dict[str, Queries]
     image_NE: list[Tensor] = field(default_factory=list)
-    text_ME: list[Tensor] = field(default_factory=list)
-    image_of_text_M: list[int] = field(default_factory=list)
     num_images: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Of each query set, among the images that have texts of it."""
+        image_NE = torch.cat(self.image_NE)
+        return {name: _scores(image_NE, queries) for name, queries in self.queries.items()}
+
 
 def evaluate(
-    config: EvalConfig, *, run: Path, shards: Path, overwrite: bool = False, quiet: bool = False
+    config: EvalConfig,
+    *,
+    run: Path,
+    shards: Path,
+    overwrite: bool = False,
+    quiet: bool = False,
+    derived: Derived | None = None,
 ) -> dict[str, Any]:
-    """Retrieval both ways on the split's images with the captions that came with them, and the captioner's texts.
+    """Retrieval both ways on the split's images by every query set, and the captioner's texts.
 
     Writes ``eval/eval.json`` and ``eval/captions.jsonl`` under ``run`` and returns the scores as plain figures. Skips
     what was scored before from the same checkpoint, data and config; ``ResumeRefused`` when it was from others.
@@ -65,7 +100,7 @@ def evaluate(
         return figures(json.loads((out / SCORES).read_text()))
     trained = generation.load_trained(newest, config.device)
     counts: Counter[str] = Counter()
-    encoded = _encode_split(trained, split, config, counts, quiet=quiet)
+    encoded = _encode_split(trained, split, config, derived or {}, counts, quiet=quiet)
     result = _result(newest, config, encoded, counts)
     with ledger.readable_disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -76,13 +111,23 @@ def evaluate(
     return figures(result)
 
 
+def retrieval_by_queries(
+    trained: Trained, split: shards.Split, config: EvalConfig, *, derived: Derived | None = None, quiet: bool = True
+) -> dict[str, dict[str, Any]]:
+    """The scores of each query set, with its ``num_images`` and ``num_texts``; for models that are in training too."""
+    without = config.model_copy(update={"captions": False})
+    return _encode_split(trained, split, without, derived or {}, Counter(), quiet=quiet).scores()
+
+
 def figures(result: dict[str, Any]) -> dict[str, Any]:
-    """The result without its nesting."""
+    """The result without its nesting. Scores of the second and further query sets begin with the set's name."""
+    further = [(name, result["retrieval_by_queries"][name]) for name in result["queries"][1:]]
     return {
         "num_images": result["num_images"],
         "num_texts": result["num_texts"],
         "unreadable": result["unreadable"],
         **result["retrieval"],
+        **{f"{name}_{key}": value for name, scores in further for key, value in scores.items()},
     }
 
 
@@ -97,13 +142,19 @@ def _open_split(folder: Path, name: str) -> shards.Split:
 
 
 def _encode_split(
-    trained: Trained, split: shards.Split, config: EvalConfig, counts: Counter[str], *, quiet: bool
+    trained: Trained,
+    split: shards.Split,
+    config: EvalConfig,
+    derived: Derived,
+    counts: Counter[str],
+    *,
+    quiet: bool,
 ) -> Encoded:
-    encoded = Encoded()
+    encoded = Encoded({name: Queries() for name in config.queries})
     total = min(split.num_samples, config.max_samples or split.num_samples)
     with tqdm(total=total, unit="image", desc="eval", disable=quiet or None, mininterval=1) as bar:
         batch: list[Sample] = []
-        for sample in _samples(split, total, trained.config.image_px, config, counts):
+        for sample in _samples(split, total, trained.config.image_px, config, derived, counts):
             batch.append(sample)
             bar.update()
             if len(batch) == config.batch:
@@ -113,13 +164,16 @@ def _encode_split(
             _encode_batch(trained, batch, config, encoded)
     if encoded.num_images == 0:
         raise UserError(f"No sample of {split.folder}, split {split.name}, could be read: {dict(counts)}.")
+    for name, queries in encoded.queries.items():
+        if not queries.images:
+            raise UserError(f"None of {encoded.num_images} samples has a text of the queries {name!r}.")
     return encoded
 
 
 def _samples(
-    split: shards.Split, total: int, image_px: int, config: EvalConfig, counts: Counter[str]
+    split: shards.Split, total: int, image_px: int, config: EvalConfig, derived: Derived, counts: Counter[str]
 ) -> Iterator[Sample]:
-    """The readable ones of the first ``total`` samples. Both outcomes are counted."""
+    """The readable ones of the first ``total`` samples that have any text to be searched by. All are counted."""
     reader = shards.ShardReader(split)
     places = [(shard, row) for shard, rows in enumerate(split.num_samples_by_shard) for row in range(rows)]
     for shard, row in places[:total]:
@@ -129,22 +183,35 @@ def _samples(
         except (shards.ShardError, transforms.BadImage) as error:
             counts[f"bad.{error.reason}"] += 1
             continue
-        if not any(text.strip() for text in texts_of(about, config.web_column)):
+        queries = {name: texts_of(about, name, config.web_column, derived) for name in config.queries}
+        if not any(queries.values()):
             counts["bad.no_caption"] += 1
             continue
         counts["scored"] += 1
-        yield Sample(reader.key(shard, row), picture, about)
+        counts.update(f"no_text.{name}" for name, texts in queries.items() if not texts)
+        yield Sample(reader.key(shard, row), picture, about, queries)
 
 
-def texts_of(about: dict[str, Any], web_column: str) -> list[str]:
-    """The captions that an image is searched by: those that came with the list, else its web caption."""
-    captions = about["extra"].get("captions")
-    if isinstance(captions, list) and captions:
-        return [str(caption) for caption in captions]
-    if web_column not in about:
-        columns = [name for name, value in about.items() if isinstance(value, str) and name not in ("key", "sha256")]
-        raise UserError(f"The shards have no caption column {web_column!r}. {did_you_mean(web_column, columns)}")
-    return [about[web_column]]
+def texts_of(about: Mapping[str, Any], queries: str, web_column: str, derived: Derived) -> list[str]:
+    """The texts of a query set that an image is searched by, blank ones left out.
+
+    ``captions`` are those that came with the list, else the web caption. Others are further columns of the list,
+    caption columns, or derived, whichever there is first. Raises ``UserError`` for a set that is none of these.
+    """
+    extra = about.get("extra") or {}
+    found: Any = extra.get(queries)
+    if queries == HEADLINE and not (isinstance(found, list) and found):
+        queries, found = web_column, None
+    if found is None and isinstance(about.get(queries), str) and queries not in NOT_COLUMNS:
+        found = about[queries]
+    if found is None and queries in derived:
+        found = derived[queries](about)
+    if found is None:
+        columns = [name for name, value in about.items() if isinstance(value, str) and name not in NOT_COLUMNS]
+        known = [HEADLINE, *columns, *extra, *derived]
+        raise UserError(f"The shards have no caption column {queries!r}. {did_you_mean(queries, known)}")
+    texts = [str(text) for text in (found if isinstance(found, list) else [found])]
+    return [text for text in texts if text.strip()]
 
 
 @torch.inference_mode()
@@ -152,14 +219,13 @@ def _encode_batch(trained: Trained, samples: list[Sample], config: EvalConfig, e
     pixels_BCHW = torch.stack([transforms.squash(sample.picture, trained.config.image_px) for sample in samples])
     image_BE, _ = trained.model.encode_image(transforms.normalise(pixels_BCHW.to(trained.device)))
     encoded.image_NE.append(image_BE.cpu())
-    texts: list[str] = []
-    for number, sample in enumerate(samples, start=encoded.num_images):
-        own = texts_of(sample.about, config.web_column)
-        texts.extend(own)
-        encoded.image_of_text_M.extend([number] * len(own))
+    for name, queries in encoded.queries.items():
+        texts = [text for sample in samples for text in sample.queries[name]]
+        for number, sample in enumerate(samples, start=encoded.num_images):
+            queries.add(number, len(sample.queries[name]))
+        if texts:
+            queries.text_ME.append(_encode_texts(trained, texts))
     encoded.num_images += len(samples)
-    ids_ML = trained.tokenizer.text_ids(texts, trained.config.context_length).to(trained.device)
-    encoded.text_ME.append(trained.model.encode_text(ids_ML)[0].cpu())
     if config.captions and trained.model.decoder is not None:
         web = [sample.about.get(config.web_column, "") for sample in samples]
         captions = generation.caption_images(trained, pixels_BCHW, web)
@@ -175,9 +241,21 @@ def _encode_batch(trained: Trained, samples: list[Sample], config: EvalConfig, e
         )
 
 
+def _encode_texts(trained: Trained, texts: Sequence[str]) -> Tensor:
+    """Unit features [M, E] on the CPU, of texts cut to the model's context."""
+    ids_ML, device = trained.tokenizer.text_ids(texts, trained.config.context_length), trained.device
+    if trained.config.text_padding == "reference":
+        return trained.model.encode_text(ids_ML.to(device))[0].cpu()
+    pools_last_slot = trained.model.towers.text_pool_type == "last"
+    ids_MT, mask_MT, positions_T = trim(ids_ML, trained.tokenizer.eos_id, keep_last=pools_last_slot)
+    mask_MT = None if mask_MT is None else mask_MT.to(device)
+    return trained.model.encode_text(ids_MT.to(device), mask_MT, positions_T.to(device))[0].cpu()
+
+
 def _result(newest: Path, config: EvalConfig, encoded: Encoded, counts: Counter[str]) -> dict[str, Any]:
     about = checkpoint.read_about(newest)
-    image_of_text_M = torch.tensor(encoded.image_of_text_M)
+    by_queries = encoded.scores()
+    first = by_queries[config.queries[0]]
     return {
         "schema_version": SCHEMA_VERSION,
         "checkpoint": newest.name,
@@ -185,9 +263,17 @@ def _result(newest: Path, config: EvalConfig, encoded: Encoded, counts: Counter[
         "samples": about["samples"],
         "split": config.split,
         "num_images": encoded.num_images,
-        "num_texts": len(image_of_text_M),
+        "num_texts": first["num_texts"],
         "unreadable": sum(number for name, number in counts.items() if name.startswith("bad.")),
         "counts": dict(counts),
         "ties": "half of the ties count as better",
-        "retrieval": retrieval_scores(torch.cat(encoded.image_NE), torch.cat(encoded.text_ME), image_of_text_M),
+        "queries": list(config.queries),
+        "retrieval": {name: score for name, score in first.items() if not name.startswith("num_")},
+        "retrieval_by_queries": by_queries,
     }
+
+
+def _scores(image_NE: Tensor, queries: Queries) -> dict[str, Any]:
+    image_of_text_M = torch.tensor(queries.image_of_text_M)
+    scores = retrieval_scores(image_NE[queries.images], torch.cat(queries.text_ME), image_of_text_M)
+    return {"num_images": len(queries.images), "num_texts": len(image_of_text_M), **scores}

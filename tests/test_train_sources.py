@@ -13,15 +13,15 @@ from typing import Any
 import pairsmaker
 import polars as pl
 import pytest
+from bytemaker import TOKENIZER, Bytes
 
 from clips_data import draws, ledger, shard, tars
 from clips_data.config import ShardConfig
 from clips_data.errors import UserError
 from clips_data.executor import Job
-from clips_train import mixed, shards
+from clips_train import shards, sources
 from clips_train.config import TrainConfig
 from clips_train.data import Batch, SampleStream
-from clips_train.tokenizer import Tokenizer
 from clips_train.train import train
 
 COLUMNS = ("web", "synthetic", "long")
@@ -32,20 +32,6 @@ RULES = (
     "epoch>=2 and score.web>=0.25 and score.other.value<0.5: long=1",
 )
 SEED, NUM_SAMPLES = 5, 44
-
-
-class Bytes:
-    """A vocabulary whose pieces are the bytes of a text, so that a batch shows what exactly was loaded."""
-
-    vocab_size, bos_id, eos_id, pad_id, last_id = 259, 256, 257, 258, None
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    encode_target = encode
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode()
 
 
 def plain_shares(epoch: int, scores: Mapping[str, float]) -> dict[str, float]:
@@ -117,21 +103,22 @@ def members(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
 
 def config(**change: Any) -> TrainConfig:
     settings: dict[str, Any] = {"size": "tiny", "image_px": 16, "context_length": 128, "target_length": 128}
-    settings |= {"augment": "none", "batch": NUM_SAMPLES, "seed": 1, "mix": ("shards",)}
-    return TrainConfig(**settings | change)
+    settings |= {"augment": "none", "batch": NUM_SAMPLES, "seed": 1}
+    drawn = change.pop("drawn", "shards")
+    return TrainConfig(**settings | {"views": [drawn, {"from": "synthetic", "reduce": "one_piece"}]} | change)
 
 
 def batches(folder: Path, number: int, state: dict[str, Any] | None = None, **change: Any) -> list[Batch]:
     """With the default batch, each is one epoch."""
-    stream = SampleStream(shards.open_split(folder, "train"), config(**change), Tokenizer(Bytes()), state).batches()
+    stream = SampleStream(shards.open_split(folder, "train"), config(**change), TOKENIZER, state).batches()
     taken = list(itertools.islice(stream, number))
     stream.close()
     return taken
 
 
 def web_bytes(batch: Batch) -> dict[str, bytes]:
-    """The web view of every key of the batch."""
-    rows = batch.web_NL.tolist()
+    """The drawn view of every key of the batch."""
+    rows = batch.views[0].ids_NKL[:, 0].tolist()
     return {key: bytes(row[1 : row.index(Bytes.eos_id)]) for key, row in zip(batch.keys, rows, strict=True)}
 
 
@@ -180,19 +167,19 @@ def test_shards_from_before_there_were_rules_are_drawn_by_their_ratio(tmp_path: 
 
 def test_rules_of_ones_own_are_drawn_with_the_runs_seed_and_may_follow_those_of_the_shards(folder: Path) -> None:
     written = members(folder)
-    (own,) = batches(folder, 1, mix=RULES)
+    (own,) = batches(folder, 1, drawn=RULES)
     for key, text in web_bytes(own).items():
         about = written[key][1]
         assert text == about[plain_outcome(about, 0, seed=1).partition("_for_missing_")[0]].encode()
     assert web_bytes(own) != {key: text for key, (text, _) in written.items()}
-    first, second = batches(folder, 2, mix=("shards", "epoch>=1: long=1"))
+    first, second = batches(folder, 2, drawn=("shards", "epoch>=1: long=1"))
     assert web_bytes(first) == {key: text for key, (text, _) in written.items()}
     for key, text in web_bytes(second).items():
         assert text == next(filter(None, (written[key][1][c] for c in ("long", *COLUMNS)))).encode()
 
 
 def test_without_rules_the_web_view_is_the_web_column(folder: Path) -> None:
-    (batch,) = batches(folder, 1, mix=(), batch=40)
+    (batch,) = batches(folder, 1, drawn="web", batch=40)
     written = members(folder)
     for key, text in web_bytes(batch).items():
         assert text.decode() == (written[key][1]["web"] or written[key][1]["synthetic"])
@@ -209,12 +196,12 @@ def test_outcomes_rules_empty_columns_and_missing_scores_are_counted(folder: Pat
         assert counts[f"no_score.{name}"] == sum(name not in about["scores"] for about in abouts) > 0
     bad = sum(about["scores"].get("web", 1) < 0.25 for about in abouts)
     assert (counts["mix_rule.1"], counts["mix_rule.3"]) == (NUM_SAMPLES - bad, bad)
-    told = mixed.facts(counts)
+    told = sources.facts(counts)
     taken = sum(n for name, n in counts.items() if name == "mix.web" or name.startswith("mix.web_for"))
     assert f"web {taken / NUM_SAMPLES:.2%}" in told["mix"] and told["mix"].count("stood in for") >= 2
     assert told["mix_rules"] == f"1 {NUM_SAMPLES - bad}, 3 {bad} of {NUM_SAMPLES}"
     assert told["empty_captions"].startswith("long ") and told["missing_scores"].startswith("other.value ")
-    assert mixed.facts({"loaded": 3, "fallback.web_empty": 1}) == {}
+    assert sources.facts({"loaded": 3, "fallback.web_empty": 1}) == {}
 
 
 def test_a_stream_that_was_stopped_or_has_workers_mixes_alike(folder: Path) -> None:
@@ -235,10 +222,10 @@ def test_in_the_control_arm_an_image_has_the_txt_of_another(folder: Path) -> Non
 
 def test_rules_that_the_shards_cannot_follow_end_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Rule 5 .*character 11: there is no column 'lnog'. Did you mean 'long'"):
-        train(config(mix=("shards", "epoch>=1: lnog=1")), shards=folder, out=tmp_path / "run", quiet=True)
+        train(config(drawn=("shards", "epoch>=1: lnog=1")), shards=folder, out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=r"Rule 2 .*'shards'.*would undo"):
-        batches(folder, 1, mix=("web=1", "shards"))
+        batches(folder, 1, drawn=("web=1", "shards"))
 
 
 DAMAGED = [

@@ -1,0 +1,201 @@
+"""The figures of an experiment's runs, in one small file that outlives the runs, and the table made of them.
+
+``FILE.json`` maps the digest of a run's settings to one row of figures; ``FILE.md`` shows those rows that the manifest
+asks for. A run whose settings are in the file is never done again, whatever has become of its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from .arms import Run
+
+WAYS: Final = {"text_to_image_r1": "t→i", "image_to_text_r1": "i→t"}
+FACTS: Final = {"clips_fact_precision": "fact precision", "clips_fact_recall": "fact recall"}
+SHORT: Final = {"captions": "short"}
+"""Query sets that the table calls by another name."""
+LEGEND: Final = (
+    "Recall at 1 on held-out images in %, text to image (t→i) and image to text (i→t), for each set of queries; "
+    "precision and recall of the facts in the captioner's own captions in %; minutes that the training steps "
+    "took where they were run. ± is the standard deviation over seeds. Expected is what others published, at their "
+    "scale."
+)
+METRICS: Final = "metrics.jsonl"
+
+Row = Mapping[str, Any]
+"""``arm``, ``seed``, ``samples``, ``train_s``, ``figures`` (name → number, shares in 0…1) and ``settings``."""
+
+
+class Results:
+    """The file of an experiment's figures."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rows(self) -> dict[str, Row]:
+        """By digest. Raises ``UserError`` for a file that clips did not write."""
+        from clips_data.errors import UserError
+        from clips_data.schema import SCHEMA_VERSION
+
+        if not self.path.exists():
+            return {}
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            version, rows = content["schema_version"], dict(content["rows"])
+            if version == SCHEMA_VERSION:
+                for row in rows.values():
+                    row["arm"], row["seed"], row["train_s"], row["figures"].keys()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{self.path} holds no results that clips wrote ({type(error).__name__}: {error}). Restore it, or name "
+                "another file with --set results=FILE.json."
+            ) from None
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{self.path} has schema version {version}, this version of clips reads {SCHEMA_VERSION}. Name another "
+                "file with --set results=FILE.json."
+            )
+        return rows
+
+    def check_writable(self) -> None:
+        """Raises ``UserError`` where a row could not be written; asked before hours are spent on one."""
+        from clips_data.errors import UserError
+
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            writable = os.access(self.path.parent, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable:
+            raise UserError(f"{self.path} cannot be written. Name another file with --set results=FILE.json.")
+
+    def add(self, digest: str, row: Row) -> None:
+        """Puts one row into the file, atomically. What other processes wrote meanwhile stays."""
+        from clips_data.ledger import write_json
+        from clips_data.schema import SCHEMA_VERSION
+
+        with _locked(self.path.parent):
+            write_json(self.path, {"schema_version": SCHEMA_VERSION, "rows": self.rows() | {digest: row}})
+
+    def write_page(self, name: str, runs: Sequence[Run]) -> Path:
+        """Writes the table of ``runs`` as Markdown beside the file, where it is not what is there already."""
+        from clips_data.ledger import write_bytes
+
+        page, text = self.path.with_suffix(".md"), markdown(name, runs, self.rows())
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            write_bytes(page, text.encode())
+        return page
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds ``folder`` itself, so that no lock file is left beside what may be under version control."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def row_of(run: Run) -> Row:
+    """The row of a run whose stages have just finished, from the stamps that these left."""
+    from . import stamps
+
+    manifest = run.manifest
+    facts = stamps.facts_of(manifest, manifest.work, "eval")
+    return {
+        "arm": run.arm.name,
+        "seed": run.seed,
+        "samples": stamps.facts_of(manifest, manifest.work, "train").get("samples"),
+        "train_s": train_seconds(run.folder),
+        "figures": {name: round(value, 6) for name, value in facts.items() if isinstance(value, int | float)},
+        "settings": run.settings,
+    }
+
+
+def train_seconds(run: Path) -> float | None:
+    """Time that a run's steps took, by the rates that it logged, however often it was stopped and resumed."""
+    total, known = 0.0, False
+    for path in [run / METRICS, *run.glob(f"stages/*/{METRICS}")]:
+        samples = 0
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            row = json.loads(line)
+            total += (row["samples"] - samples) / row["samples_per_s"]
+            samples, known = row["samples"], True
+    return round(total, 1) if known else None
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def table(runs: Sequence[Run], rows: Mapping[str, Row]) -> list[dict[str, str]]:
+    """One line for each arm that has results, in the order of ``runs``; every figure is a mean ± spread over seeds."""
+    by_arm: dict[str, list[Row]] = {}
+    for run in runs:
+        if run.digest in rows:
+            by_arm.setdefault(run.arm.name, []).append(rows[run.digest])
+    if not by_arm:
+        return []
+    heads = _heads(runs, [row for own in by_arm.values() for row in own])
+    expected = {run.arm.name: run.arm.expected for run in runs}
+    lines = [_line(arm, heads, own) | {"expected": expected[arm]} for arm, own in by_arm.items()]
+    chances = {_chance_of(key): head for key, head in heads.items() if key not in FACTS}
+    by_chance = _line("(chance)", chances, [row for own in by_arm.values() for row in own])
+    return [{**dict.fromkeys(lines[0], ""), **{head: by_chance[head] for head in ("arm", *chances.values())}}, *lines]
+
+
+def _line(arm: str, heads: Mapping[str, str], rows: Sequence[Row]) -> dict[str, str]:
+    figures = {
+        head: spread([row["figures"][key] * 100 for row in rows if key in row["figures"]])
+        for key, head in heads.items()
+    }
+    minutes = spread([row["train_s"] / 60 for row in rows if row["train_s"] is not None])
+    return {"arm": arm, **figures, "minutes": minutes, "seeds": str(len(rows))}
+
+
+def spread(values: Sequence[float]) -> str:
+    """``"12.3 ± 0.4"``: mean and standard deviation. Equal values and single ones have no deviation to show."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(set(values)) > 1 else mean
+
+
+def _heads(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, str]:
+    """Figure → head of its column, for the figures of the table that any row has.
+
+    Scores of the first query set have its name in no figure's name (``clips_train.evals.run.figures``).
+    """
+    sets = {"": runs[0].queries[0]} | {f"{name}_": name for run in runs for name in run.queries[1:]}
+    heads = {
+        f"{start}{score}": f"{SHORT.get(queries, queries)} {way}"
+        for start, queries in sets.items()
+        for score, way in WAYS.items()
+    }
+    return {name: head for name, head in (heads | FACTS).items() if any(name in row["figures"] for row in rows)}
+
+
+def _chance_of(figure: str) -> str:
+    """``"dense_text_to_image_r1"`` → ``"dense_chance_text_to_image_r1"``."""
+    score = next(score for score in WAYS if figure.endswith(score))
+    return f"{figure.removesuffix(score)}chance_{score}"
+
+
+def markdown(name: str, runs: Sequence[Run], rows: Mapping[str, Row]) -> str:
+    lines = table(runs, rows)
+    there = sum(run.digest in rows for run in runs)
+    shown = [head for head in (lines[0] if lines else ()) if any(line[head] for line in lines)]
+    text = [f"# {name}", "", f"{there} of {len(runs)} runs, arms × seeds. {LEGEND}"]
+    if lines:
+        cells = [shown, ["---"] * len(shown), *([line[head] for head in shown] for line in lines)]
+        text += ["", *("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)]
+    return "\n".join(text) + "\n"
