@@ -267,6 +267,6 @@ def shards_named(words: Sequence[str]) -> tuple[Path, ...]:
             raise UserError("No finished shards were named on stdin. Did the command before the pipe fail?")
     paths = tuple(Path(word) for word in words)
     for path in paths:
-        if not path.exists():
+        if not path.exists() and not any(mark in str(path) for mark in "*?[{"):  # train expands tars/{00..99}.tar
             raise UserError(f"{path} is not there. Name finished shards, or `-` to read their names from stdin.")
     return paths

@@ -87,11 +87,12 @@ def _call_embed(stage: Stage, config: Any, job: Job, run: str) -> Report:
 
 def _call_train(stage: Stage, config: Any, job: Job, run: str) -> Report:
     started = time.monotonic()
-    shards = job.only[0].parent if job.only else job.work / "shards"
+    shards = job.only or job.work / "shards"
     out = stage.output(config, job, run)
     if job.dry_run:
         return _dry(stage, out)
-    facts = load(stage.entry)(config, shards=shards, out=out, overwrite=job.overwrite, quiet=job.quiet)
+    index = job.work / "index"
+    facts = load(stage.entry)(config, shards=shards, out=out, index=index, overwrite=job.overwrite, quiet=job.quiet)
     return _report(stage, [out], facts, started)
 
 

@@ -251,7 +251,8 @@ class Scorer:
     name: str
     model: Any
     preprocess: Any
-    tokenize: Any
+    read: Any
+    """Texts → features."""
     device: str
     preprocessing: str
     """What is done to an image, for the tables' metadata."""
@@ -267,7 +268,7 @@ class Scorer:
     def text_features(self, texts: list[str]) -> Any:
         """Features of any length, float32 [N, E]."""
         with self._inference():
-            return self.model.encode_text(self.tokenize(texts).to(self.device), normalize=False).float()
+            return self.read(texts).float()
 
     def similarities(self, image_NE: Any, texts: list[str]) -> list[float | None]:
         """The cosine of each image with its text, ``None`` where the text is empty."""
@@ -331,7 +332,14 @@ def load_scorer(model: str, pretrained: str | None, *, name: str) -> Scorer:
         ) from error
     loaded.eval()
     about = json.dumps(getattr(loaded.visual, "preprocess_cfg", {}), sort_keys=True, default=str)
-    return Scorer(name, loaded, preprocess, tokenize, device, about)
+    return Scorer(
+        name,
+        loaded,
+        preprocess,
+        lambda texts: loaded.encode_text(tokenize(texts).to(device), normalize=False),
+        device,
+        about,
+    )
 
 
 def _load_run(folder: Path, name: str, device: str) -> Scorer:
@@ -339,7 +347,7 @@ def _load_run(folder: Path, name: str, device: str) -> Scorer:
     from clips_train import generate, transforms
 
     trained = generate.load_trained(folder, device)
-    side_px, length = trained.config.image_px, trained.config.context_length
+    side_px = trained.config.image_px
     about = {
         "size": [side_px, side_px], "resize_mode": transforms.RESIZE_MODE, "interpolation": transforms.INTERPOLATION,
         "mean": transforms.IMAGE_MEAN, "std": transforms.IMAGE_STD,
@@ -348,7 +356,7 @@ def _load_run(folder: Path, name: str, device: str) -> Scorer:
         name,
         trained.model.towers,
         lambda image: transforms.normalise(transforms.squash(image, side_px)),
-        lambda texts: trained.tokenizer.text_ids(texts, length),
+        lambda texts: trained.encode_texts(texts)[0],
         device,
         json.dumps(about, sort_keys=True),
     )

@@ -24,12 +24,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from clips_data import ledger
 from clips_data.errors import UserError
 from clips_data.schema import SCHEMA_VERSION
 from clips_train.config import TrainConfig
-from clips_train.distributed import shared_like
+from clips_train.sharded import shared_like
 
 CHECKPOINTS, LATEST = "checkpoints", "latest"
 WEIGHTS, AVERAGED, STATE, ABOUT = "model.safetensors", "ema.safetensors", "state", "checkpoint.json"
@@ -213,7 +216,7 @@ def read_weights(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: Path, error: BaseException) -> UserError:
     return UserError(f"{path} cannot be read ({error}). Restore it, or use another checkpoint.")
 
 
@@ -242,20 +245,18 @@ def read_progress(folder: Path) -> Progress:
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """What AdamW remembers, by ``MOMENT.PARAMETER``; parameters that were never updated have nothing."""
-    return {
+    found = {
         f"{moment}.{names[parameter]}": state[moment]
         for parameter, state in optimizer.state.items()
         for moment in MOMENTS
     }
+    return dict(sorted(found.items()))
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> None:
     """Restores what the optimiser remembers, each process its own shards, whatever processes wrote them."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
-
     path = folder / STATE
     wanted: dict[str, Tensor] = {}
     try:
@@ -268,8 +269,8 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Mappin
                 wanted[f"exp_avg_sq.{name}"] = torch.zeros_like(parameter)
         if wanted:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each process reads by itself
-            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+            load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise _unreadable(path, error) from error
     for parameter, name in names.items():
         if f"step.{name}" in wanted:

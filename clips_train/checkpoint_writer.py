@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from clips_data import ledger
 from clips_data.errors import UserError
@@ -57,6 +58,11 @@ class CheckpointWriter:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+
+    def close(self) -> None:
+        """Lets what is on its way come to its end, well or not; for a run that ends with an error of its own."""
+        if self._thread is not None:
+            self._thread.join()
 
     def _run_thread(self, state: State) -> None:
         try:
@@ -114,8 +120,8 @@ def _save_state(tensors: Mapping[str, Tensor], folder: Path, world: World, group
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant to be one
     try:
-        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=world.size == 1)
-    except dcp.api.CheckpointException as error:
+        state_dict_saver.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=world.size == 1)
+    except CheckpointException as error:
         for cause, _ in error.failures.values():
             raise (cause if isinstance(cause, OSError) else error) from error
 

@@ -95,11 +95,12 @@ def hue(pixels_CHW: Pixels, shift: float) -> Pixels:
 def grey(pixels_CHW: Pixels) -> Pixels:
     """One plane of luma, uint8 [H, W]."""
     red, green, blue = pixels_CHW
-    plane = red * np.float32(0.2989)
+    plane: NDArray[np.float32] = red * np.float32(0.2989)
     plane += green * np.float32(0.587)
     plane += blue * np.float32(0.114)
     return plane.astype(np.uint8)
 
 
 def _levels(values: NDArray[Any]) -> Pixels:
-    return np.clip(values, 0, 255, out=values).astype(np.uint8)
+    levels: Pixels = np.clip(values, 0, 255, out=values).astype(np.uint8)
+    return levels

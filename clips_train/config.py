@@ -336,9 +336,9 @@ class EvalConfig(StageConfig):
     queries: tuple[str, ...] = Field(
         ("captions",),
         min_length=1,
-        description="Texts that images are searched by, each a set of scores of its own: captions stands for those that "
-        "came with the list, else web_column; dense for the true descriptions of the demo world; others are caption "
-        "columns, or further columns of the list.",
+        description="Texts that images are searched by, each a set of scores of its own: captions stands for those "
+        "that came with the list, else web_column; dense for the true descriptions of the demo world; others are "
+        "caption columns, or further columns of the list.",
     )
     device: str = Field("auto", description="Torch device, such as cpu or cuda; auto takes the GPU where there is one.")
 
@@ -354,19 +354,21 @@ class ExportConfig(StageConfig):
     batch: int = Field(8, gt=0, description="Images and texts compared, real ones besides random ones.")
 
 
+Lines = Annotated[tuple[Line, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""Several, or one by itself."""
+
+
 class EmbedConfig(StageConfig):
     """``clips embed``: what teachers see in augmented images and in captions is stored, to be distilled from."""
 
     name: str = Field(
         "teacher", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the features, a folder of embeddings/."
     )
-    model: Annotated[
-        tuple[Line, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
-    ] = Field(
+    model: Lines = Field(
         (Line("demo"),),
         min_length=1,
-        description="Teacher: an open_clip name with its tag (NAME:TAG) or alone, hf-hub: or local-dir: path, run:NAME or "
-        "the folder of a run, or 'demo' for the packaged small one. Repeated, the teachers are an ensemble.",
+        description="Teacher: an open_clip name with its tag (NAME:TAG) or alone, hf-hub: or local-dir: path, run:NAME "
+        "or the folder of a run, or 'demo' for the packaged small one. Repeated, the teachers are an ensemble.",
     )
     pretrained: tuple[str, ...] = Field(
         (), description="Pretrained tags of the open_clip names that are given without one, in their order."

@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from clips_data.errors import ClipsError, UserError
@@ -48,7 +49,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    store: dist.Store | None = field(default=None, repr=False)
+    store: Store | None = field(default=None, repr=False)
     """Holds the last words of processes that failed."""
 
     @classmethod
@@ -69,7 +70,8 @@ class World:
             return mine_N
         if mine_N.dtype == torch.bool:
             return self.gather(mine_N.to(torch.uint8)).bool()
-        gathered: Tensor = _Gather.apply(mine_N, self.size)
+        gather: Any = _Gather.apply
+        gathered: Tensor = gather(mine_N, self.size)
         return gathered
 
     def sum(self, mine: Tensor) -> Tensor:
@@ -153,15 +155,15 @@ def started(device: str) -> Iterator[World]:
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     where = pick_device(device, local_rank=local_rank)
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     if where.type == "cuda":
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     number = next(_NUMBERS)
     dist.init_process_group(
-        backend, store=dist.PrefixStore(f"clips.{number}", store), rank=rank, world_size=size, timeout=TIMEOUT
+        backend, store=PrefixStore(f"clips.{number}", store), rank=rank, world_size=size, timeout=TIMEOUT
     )
-    world = World(rank, size, where, dist.PrefixStore(f"clips.{number}.failed", store))
+    world = World(rank, size, where, PrefixStore(f"clips.{number}.failed", store))
     with _shared_failures(world):
         yield world
     dist.destroy_process_group()
@@ -254,13 +256,14 @@ def wrap(trainee: nn.Module, config: TrainConfig, world: World) -> nn.Module:
         for block in blocks(trainee):
             fully_shard(block, mesh=mesh)
         scalars = {parameter for parameter in trainee.parameters() if parameter.ndim == 0}
-        return fully_shard(trainee, mesh=mesh, ignored_params=scalars)
+        fully_shard(trainee, mesh=mesh, ignored_params=scalars)
+        return trainee
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trainee, list(loose(trainee)))
     devices = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(trainee, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def unwrapped(trainee: nn.Module) -> nn.Module:
+def unwrapped(trainee: nn.Module) -> Any:
     """The module that was given to ``wrap``."""
     return trainee.module if isinstance(trainee, DistributedDataParallel) else trainee
 
@@ -289,38 +292,3 @@ def average_loose(trainee: nn.Module, world: World) -> None:
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
             parameter.grad /= world.size
-
-
-def gradient_norm(parameters: list[nn.Parameter], world: World) -> float:
-    """The 2-norm of the whole gradient, whether whole or in shards. Not finite where any part of it is not."""
-    squares = {True: torch.zeros((), device=world.device), False: torch.zeros((), device=world.device)}
-    for is_sharded in squares:
-        grads = [p.grad for p in parameters if p.grad is not None and isinstance(p.grad, DTensor) == is_sharded]
-        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-        if local:
-            squares[is_sharded] = torch.stack(torch._foreach_norm(local)).float().square().sum()
-    return float((world.sum(squares[True]) + squares[False]).sqrt())
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; all processes call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def shared_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """``whole``, cut and placed as ``parameter`` is. Nothing is sent: each process has the whole."""
-    from torch.distributed.tensor import distribute_tensor
-
-    whole = whole.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return whole
-
-
-def copied_to_cpu(tensor: Tensor, cpu_mesh: DeviceMesh | None) -> Tensor:
-    """A copy on the CPU, in the same shards."""
-    if isinstance(tensor, DTensor):
-        assert cpu_mesh is not None
-        local = tensor.to_local().detach().to("cpu", copy=True)
-        return DTensor.from_local(local, cpu_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
-    return tensor.detach().to("cpu", copy=True)

@@ -95,7 +95,8 @@ class StepShape:
         """Of the part, forward and backward. ``share`` is how much of the slots that count in a step is the part's."""
         num_images, num_patches = len(part.image_NCHW), self.num_patches(part)
         num_texts, num_slots = part.text_RL.shape
-        forward = num_images * 2 * (self.patch_weights * num_patches + self.image_head)
+        patches = 2.0 * num_images * self.patch_weights * num_patches
+        forward = patches + num_images * 2 * self.image_head
         forward += self.image.flops(num_images, num_patches + 1)
         forward += self.text.flops(num_texts, num_slots) + num_texts * 2 * self.text_head
         if self.decoder is not None and part.captioned is not None:
@@ -103,10 +104,11 @@ class StepShape:
             if captioned.kept_SP is not None:
                 num_patches = captioned.kept_SP.shape[1]
             read = 0 if captioned.condition_rows_S is None else num_slots - 1
-            forward += self.decoder.flops(*captioned.labels_SQ.shape, num_patches, read)
+            rows, slots = captioned.labels_SQ.shape
+            forward += self.decoder.flops(rows, slots, num_patches, read)
             tokens = self.decoder.vocab if targets.candidates_U is None else len(targets.candidates_U)
             forward += 2 * self.decoder.width * tokens * targets.num_counted * share
-        return 3.0 * forward
+        return 3.0 * forward - patches  # of pixels no gradient is taken
 
 
 @dataclass(frozen=True)
@@ -156,4 +158,5 @@ def _numel(module: Any) -> int:
     """Weights of a matrix, a layer, or nothing."""
     if module is None:
         return 0
-    return int(module.weight.numel() if isinstance(module, nn.Module) else module.numel())
+    weights: Any = module.weight if isinstance(module, nn.Module) else module
+    return int(weights.numel())

@@ -114,7 +114,7 @@ def _are_spans(given: Any, text: str) -> bool:
     def is_span(span: Any) -> bool:
         if not isinstance(span, list) or len(span) != 2 or not all(type(edge) is int for edge in span):
             return False
-        return 0 <= span[0] < span[1] <= len(text)
+        return bool(0 <= span[0] < span[1] <= len(text))
 
     return isinstance(given, list) and all(map(is_span, given))
 
@@ -342,7 +342,7 @@ def _members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
             _refuse(path, begin, f"the tar is damaged or ends early ({error})")
         if member is None:
             return _check_end(file, path, archive.offset)
-        archive.members = []  # else it keeps all of them
+        archive.members = []  # type: ignore[attr-defined]  # else it keeps all of them
         if member.sparse is not None:
             _refuse(path, member.offset, f"{member.name!r} is a sparse file")
         if member.isreg() and (missing := member.offset_data + member.size - file_bytes) > 0:

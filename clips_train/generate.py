@@ -53,6 +53,19 @@ class Trained:
         """Whether it has never been without one."""
         return self.reads_text and self.condition_drop == 0
 
+    def encode_texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Texts as the model was trained to read them, on its device.
+
+        Unit features [B, E]; states [B, T, width] before the final norm; which of these are no padding (``None``: all).
+        """
+        ids_BL, mask_BT, positions_T = self.tokenizer.text_ids(texts, self.config.context_length), None, None
+        if self.config.text_padding == "trimmed":
+            pools_last_slot = self.model.towers.text_pool_type == "last"
+            ids_BL, mask, positions = trim(ids_BL, self.tokenizer.eos_id, keep_last=pools_last_slot)
+            mask_BT, positions_T = mask.to(self.device), positions.to(self.device)
+        features_BE, states_BTW = self.model.encode_text(ids_BL.to(self.device), mask_BT, positions_T)
+        return features_BE, states_BTW, None if mask_BT is None else mask_BT[:, : states_BTW.shape[1]]
+
 
 @dataclass(frozen=True)
 class Caption:
@@ -149,7 +162,7 @@ def captions(
     assert len(texts) == len(pixels_BCHW)
     assert keys is not None or decoding.strategy != "top_p", "what is drawn needs keys"
     _, patch_tokens_BPW = trained.model.encode_image(transforms.normalise(pixels_BCHW.to(trained.device)))
-    states_BTW, mask_BT = _text_states(trained, texts) if trained.reads_text else (None, None)
+    states_BTW, mask_BT = trained.encode_texts(texts)[1:] if trained.reads_text else (None, None)
     most, end_id = most_tokens(trained, decoding), trained.tokenizer.eos_id
     if trained.config.decoder == "queries":
         unread_BQ = torch.zeros(len(texts), most, dtype=torch.long, device=trained.device)
@@ -175,18 +188,6 @@ def caption_images(trained: Trained, pixels_BCHW: Tensor, texts: Sequence[str]) 
 def _caption(tokenizer: Tokenizer, written: Written) -> Caption:
     finish: Literal["stop", "length"] = "stop" if written.ended else "length"
     return Caption(tokenizer.decode(written.ids), written.ids, finish, written.log_probability)
-
-
-def _text_states(trained: Trained, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-    """States [B, T, width] of the text tower, and which of them the captioner may read; ``None`` for all."""
-    ids_BL, mask_BL, positions_L = trained.tokenizer.text_ids(texts, trained.config.context_length), None, None
-    if trained.config.text_padding == "trimmed":
-        pools_last_slot = trained.model.towers.text_pool_type == "last"
-        ids_BL, mask_BL, positions_L = trim(ids_BL, trained.tokenizer.eos_id, keep_last=pools_last_slot)
-        positions_L = positions_L.to(trained.device)
-        mask_BL = None if mask_BL is None else mask_BL.to(trained.device)
-    _, states_BTW = trained.model.encode_text(ids_BL.to(trained.device), mask_BL, positions_L)
-    return states_BTW, None if mask_BL is None else mask_BL[:, : states_BTW.shape[1]]
 
 
 class _Cached:

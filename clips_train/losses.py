@@ -197,8 +197,8 @@ def caption_loss(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy whose gradients are computed with the logits, chunk by chunk; backward only scales them.
 
-    Every chunk uses the same memory, since on a CPU fresh memory costs a third of a product. A softmax yields residual
-    and log-sum-exp in one pass over the logits: it is 1 / Σ exp(logit - largest) at the largest.
+    Every chunk uses the same memory, because on a CPU the first touch of fresh memory is slow. A softmax yields both
+    residual and log-sum-exp: at the largest logit it is 1 / Σ exp(logit - largest).
     """
 
     @staticmethod

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +65,7 @@ class Sink(Protocol):
 
 def open_sinks(names: Sequence[str], folder: Path, config: Mapping[str, Any], *, last_step: int) -> list[Sink]:
     """What ``log_to`` names, for a run in ``folder``. Raises ``UserError`` for a package that is missing."""
-    kinds = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    kinds: dict[str, Callable[..., Sink]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"log_to {name} needs the package {name}, which is not installed. {INSTALL_LINES[name]}")

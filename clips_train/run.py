@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 from clips_data.errors import UserError
-from clips_train import checkpoint, distributed, guard, preparing, scoring, shards, step
+from clips_train import checkpoint, distributed, foreign, guard, preparing, scoring, sharded, shards, step
 from clips_train.batch import Batch
 from clips_train.checkpoint import Progress, State
 from clips_train.checkpoint_writer import CheckpointWriter
@@ -93,7 +93,7 @@ class Run:
             self.model, weight_decay=config.weight_decay, beta1=config.beta1, beta2=config.beta2
         )
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._names: dict[nn.Parameter, str] = {p: name for name, p in self.model.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         self._average = MovingAverage(self.model, config.ema) if config.ema else None
         if newest is not None:
             checkpoint.load_optimizer(newest, self._optimizer, self._names)
@@ -126,6 +126,7 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.writer.close()
         self._bar.close()
         self._stream.close()
         for place in self._metrics:
@@ -156,7 +157,7 @@ class Run:
         config, world, number = self.config, self.world, self.progress.step
         losses = vars(step.backward(self.trainee, batch, config, world.device, world))
         distributed.average_loose(self.trainee, world)
-        self._norm = distributed.gradient_norm(self._trained, world)
+        self._norm = sharded.gradient_norm(self._trained, world)
         fault = guard.fault(losses["total"], self._norm, self.progress, config)
         stop, disk_failed = world.flags(stop, self.writer.failed)
         if disk_failed:
@@ -254,7 +255,7 @@ class Run:
         state = State(
             weights=self._weights(averaged=False),
             averaged=self._weights(averaged=True) if self._average is not None else {},
-            optimizer={name: distributed.copied_to_cpu(tensor, self._cpu_mesh) for name, tensor in tensors.items()},
+            optimizer={name: sharded.copied_to_cpu(tensor, self._cpu_mesh) for name, tensor in tensors.items()},
             progress=replace(self.progress, data={**self.progress.data, "counts": counts}),
             config=self.config.model_dump(mode="json"),
         )
@@ -270,7 +271,7 @@ class Run:
         average = self._average.weights if averaged and self._average is not None else {}
         found = {}
         for name, tensor in self.model.state_dict().items():
-            whole = distributed.full(average.get(name, tensor).detach())
+            whole = sharded.full(average.get(name, tensor).detach())
             if self.world.is_first:
                 found[name] = whole.to("cpu", copy=True).contiguous()
         return found
@@ -291,6 +292,11 @@ def _held_out(split: shards.Split, config: TrainConfig) -> shards.Split | None:
     """What to score on during training, where that is asked for."""
     if not config.eval_samples:
         return None
+    if isinstance(split, foreign.ForeignSplit):
+        raise UserError(
+            f"eval_samples {config.eval_samples} asks for scores on held-out samples, which tars that `clips shard` "
+            "did not write have none of. Set eval_samples to 0."
+        )
     found = shards.open_split(split.folder, scoring.SPLIT)
     if found.num_samples == 0:
         raise UserError(

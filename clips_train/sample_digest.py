@@ -25,5 +25,5 @@ def _of_sample(batch: Batch, row: int) -> int:
     texts = [ids[row] for view in batch.views for ids in (view.ids_NKL, view.negatives_NML)]
     conditions = [] if batch.condition_NL is None else [batch.condition_NL[row]]
     for ids in (*texts, *conditions, batch.labels_NQ[row]):
-        found.update(ids.contiguous().numpy())
+        found.update(ids.contiguous().numpy().tobytes())
     return int.from_bytes(found.digest(), "little", signed=True)

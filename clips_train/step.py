@@ -46,7 +46,7 @@ class Trainee(nn.Module):
         self.config = config
         self.layout = TextLayout.of(tokenizer, config, pools_last_slot=model.towers.text_pool_type == "last")
         gated = any(view.gate for view in config.views)
-        self.gate_means: Tensor | None = torch.zeros(3) if gated else None
+        self.gate_means: Tensor | None = torch.ones(3) if gated else None
         """Running means of the similarities that gates compare with."""
 
     @property

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from clips_data import ledger
 from clips_data.errors import UserError, did_you_mean
-from clips_train import checkpoint, generate, texts, transforms
+from clips_train import checkpoint, generate, transforms
 from clips_train.config import EmbedConfig
 from clips_train.device import pick_device
 
@@ -165,18 +165,10 @@ def load(named: Named, config: EmbedConfig) -> TeacherModel:
 def _load_run(named: Named, device: torch.device, arithmetic: torch.dtype) -> TeacherModel:
     """A checkpoint of ``clips train``."""
     trained = generate.load_trained(Path(named.source), str(device))
-    model, tokenizer, config = trained.model, trained.tokenizer, trained.config
-    trimmed = config.text_padding == "trimmed"
-    pools_last_slot = model.towers.text_pool_type == "last"
+    model, config = trained.model, trained.config
 
     def encode_text(captions: Sequence[str]) -> Tensor:
-        ids_NL = tokenizer.text_ids(captions, config.context_length)
-        mask_NL, positions_L = None, None
-        if trimmed:
-            ids_NL, mask_NL, positions_L = texts.trim(ids_NL, tokenizer.eos_id, keep_last=pools_last_slot)
-        there = (None if value is None else value.to(device) for value in (mask_NL, positions_L))
-        features, _ = model.encode_text(ids_NL.to(device), *there)
-        return features
+        return trained.encode_texts(captions)[0]
 
     return TeacherModel(
         named,

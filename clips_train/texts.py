@@ -33,7 +33,7 @@ class SampleTexts(NamedTuple):
     """By the names that ``batch.collate`` knows."""
     counts: tuple[str, ...]
     chosen: tuple[str | None, ...]
-    """For each view the column whose whole text it took; ``None`` where it was reduced or stood in for."""
+    """For each view the column whose whole text it took; ``None`` where it was reduced."""
 
 
 class TextMaker:
@@ -61,7 +61,8 @@ class TextMaker:
         for number, view in enumerate(config.views):
             source = found.of(view.source, view.walk)
             usable = stand_ins.usable(source)
-            chosen.append(source.column if usable and view.reduce in ("none", "truncate") else None)
+            whole = source if usable else stand_ins.first
+            chosen.append(whole.column if not usable or view.reduce in ("none", "truncate") else None)
             if not usable:
                 fallbacks.append(f"fallback.{label_of(view.source)}_empty")
             draw = Draw(config.seed, epoch, key + self._streams[number])
@@ -138,12 +139,11 @@ class _Usable:
     def __init__(self, texts: Sequence[Text], about: Mapping[str, Any]) -> None:
         """Raises ``NoCaption`` when none can be used."""
         self._about = about
-        self._first = next((text for text in texts if self.usable(text)), None)
-        if self._first is None:
-            # The authors' rule counts pieces; a text without any, such as "...", is still better than none.
-            self._first = next((text for text in texts if text.text.strip()), None)
-        if self._first is None:
+        # The authors' rule counts pieces; a text without any, such as "...", is still better than none.
+        found = [text for text in texts if self.usable(text)] or [text for text in texts if text.text.strip()]
+        if not found:
             raise NoCaption
+        self.first = found[0]
 
     def usable(self, text: Text) -> bool:
         """Whether it has a piece, where its column was split, or else any character."""
@@ -153,8 +153,7 @@ class _Usable:
         return bool(text.text.strip())
 
     def text_for(self, text: Text) -> str:
-        assert self._first is not None
-        return text.text if self.usable(text) else self._first.text
+        return text.text if self.usable(text) else self.first.text
 
 
 def _spans(source: Text, view: View, about: Mapping[str, Any]) -> Sequence[Span]:
@@ -192,11 +191,10 @@ def _same(one: Source, other: Source) -> bool:
     return type(one) is type(other) and one == other
 
 
-def trim(ids_RL: Tensor, eos_id: int, *, keep_last: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+def trim(ids_RL: Tensor, eos_id: int, *, keep_last: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Texts cut to the longest of them: ids [R, T], which slots are no padding [R, T], and their positions [T].
 
-    With ``keep_last`` the last slot stays, because the tower pools it (METHOD §1.3); else nothing reads the padding
-    after the end token, and the mask is ``None``.
+    With ``keep_last`` the last slot stays and is no padding, because the tower pools it (METHOD §1.3).
     """
     length = ids_RL.shape[1]
     slots_L = torch.arange(length)
@@ -204,10 +202,10 @@ def trim(ids_RL: Tensor, eos_id: int, *, keep_last: bool) -> tuple[Tensor, Tenso
     num_used_R = torch.where(is_end_RL.any(1), is_end_RL.int().argmax(1) + 1, length)
     longest = int(num_used_R.max()) if len(ids_RL) else 1
     num_kept = min(length, rounded_up(longest + keep_last))
-    if not keep_last:
-        return ids_RL[:, :num_kept], None, slots_L[:num_kept]
-    kept = torch.cat([slots_L[: num_kept - 1], slots_L[-1:]])
-    mask_RT = (kept < num_used_R[:, None]) | (kept == length - 1)
+    kept = torch.cat([slots_L[: num_kept - 1], slots_L[-1:]]) if keep_last else slots_L[:num_kept]
+    mask_RT = kept < num_used_R[:, None]
+    if keep_last:
+        mask_RT[:, -1] = True
     return ids_RL[:, kept], mask_RT, kept
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from clips_data import ledger
 from clips_data.errors import Interrupted, UserError
 from clips_data.journal import Journal
-from clips_train import checkpoint, distributed, shards, sources
+from clips_train import checkpoint, distributed, foreign, shards, sources
 from clips_train.config import TrainConfig
 from clips_train.distributed import World
 from clips_train.metrics import read_metrics
@@ -39,43 +39,63 @@ NOT_IN_DIGEST = frozenset(
 
 
 def train(
-    config: TrainConfig, *, shards: Path, out: Path, overwrite: bool = False, quiet: bool = False
+    config: TrainConfig,
+    *,
+    shards: Path | Sequence[Path],
+    out: Path,
+    index: Path | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Trains until ``config.samples`` have been seen, in each of ``config.stages``, and returns a summary of the run.
 
     Writes ``config.json``, ``metrics.jsonl`` and ``checkpoints/`` under ``out``; for the stages before the last one
     under ``out/stages/NUMBER``. A run that was stopped goes on from its last checkpoint with the batches it would have
     seen, on any number of processes; a finished one is only reported. Started by torchrun, its processes train
-    together. Raises ``ResumeRefused`` when ``out`` was trained with another config or other data, ``Interrupted`` after
-    SIGTERM or SIGINT, ``UserError`` when the loss is no longer finite, memory or disk is full.
+    together. ``shards`` may also be webdataset tars of others, by path, glob or braces, whose indexes go to ``index``.
+
+    Raises ``ResumeRefused`` when ``out`` was trained with another config or other data, ``Interrupted`` after SIGTERM
+    or SIGINT, ``UserError`` when the loss is no longer finite, memory or disk is full.
     """
     stages = stages_of(config)
     with distributed.started(config.device) as world:
         for stage in stages:
             distributed.check_shares(stage, world)
+        split = _open(shards, index or out / "index", world)
         before: Path | None = None
         for number, stage in enumerate(stages):
             is_last = number == len(stages) - 1
             folder = out if is_last else out / STAGES / str(number)
-            work = _Work(stage, config if is_last else stage, shards, folder, before, world)
+            work = _Work(stage, config if is_last else stage, split, folder, before, world)
             summary = work.do(overwrite=overwrite, quiet=quiet or not world.is_first)
             before = folder
         return summary
+
+
+def _open(given: Path | Sequence[Path], index: Path, world: World) -> shards.Split:
+    """The first process alone indexes tars of others; then all read what it found."""
+    world.on_first(lambda: foreign.open_shards(given, shards.TRAIN, index=index).digest)
+    return foreign.open_shards(given, shards.TRAIN, index=index)
 
 
 class _Work:
     """One stage of a run: what it is made from, and the folder that says so. Its files are the first process's."""
 
     def __init__(
-        self, config: TrainConfig, stated: TrainConfig, shards: Path, out: Path, before: Path | None, world: World
+        self,
+        config: TrainConfig,
+        stated: TrainConfig,
+        split: shards.Split,
+        out: Path,
+        before: Path | None,
+        world: World,
     ) -> None:
-        self.config, self.shards, self.out, self.before, self.world = config, shards, out, before, world
+        self.config, self.split, self.out, self.before, self.world = config, split, out, before, world
         self.stated = stated
         """What stands in ``config.json``: for the last stage the config of the whole run."""
 
     def do(self, *, overwrite: bool, quiet: bool) -> dict[str, Any]:
-        world = self.world
-        split = shards.open_split(self.shards, shards.TRAIN)
+        world, split = self.world, self.split
         inputs = {"shards": split.digest}
         if self.before is not None:
             weights = checkpoint.weights_path(checkpoint.find(self.before))

@@ -116,7 +116,8 @@ def normalise(pixels_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
     """uint8 in 0…255 → float with ImageNet mean 0 and standard deviation 1, on the device of the input."""
     mean_C11 = torch.tensor(IMAGE_MEAN, device=pixels_BCHW.device).view(3, 1, 1)
     std_C11 = torch.tensor(IMAGE_STD, device=pixels_BCHW.device).view(3, 1, 1)
-    return ((pixels_BCHW.float() / 255 - mean_C11) / std_C11).to(dtype)
+    values_BCHW = pixels_BCHW.to(torch.float32, copy=True)
+    return values_BCHW.div_(255).sub_(mean_C11).div_(std_C11).to(dtype)  # in place, because batches are large
 
 
 def training_view(
@@ -213,7 +214,8 @@ class _File:
         file = self.opened
         if scale == 1 and file.format == "JPEG" and file.mode == "RGB":
             try:
-                return decode_jpeg(torch.frombuffer(bytearray(self.data), dtype=torch.uint8))
+                pixels_CHW: Tensor = decode_jpeg(torch.frombuffer(bytearray(self.data), dtype=torch.uint8))
+                return pixels_CHW
             except RuntimeError:
                 pass  # Pillow decides whether the file can be used, as it does at the other scales
         width, height = file.size
@@ -231,7 +233,8 @@ def _resized(pixels_CHW: Tensor, box: Box, image_px: int) -> Tensor:
     left, upper, right, lower = box
     crop_1CHW = pixels_CHW[None, :, upper:lower, left:right]
     size = (image_px, image_px)
-    return functional.interpolate(crop_1CHW, size, mode="bilinear", antialias=True)[0].contiguous()
+    resized_1CHW: Tensor = functional.interpolate(crop_1CHW, size, mode="bilinear", antialias=True)
+    return resized_1CHW[0].contiguous()
 
 
 def _changed(pixels_CHW: Tensor, mode: Augment, draw: Callable[[str], float]) -> Tensor:

@@ -406,23 +406,6 @@ def test_shards_from_a_pipe_say_where_train_reads(
     assert trainer[0]["shards"] == Path("elsewhere")
 
 
-def test_caption_prints_one_line_per_image(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from cli import caption
-
-    def describe(images: Sequence[Path], *, run: Path, web: str, device: str) -> list[str]:
-        return [f"{run.name} sees\n{image.stem} and {web}" for image in images]
-
-    monkeypatch.setattr(caption, "caption_files", describe)
-    monkeypatch.chdir(tmp_path)
-    Path("one.jpg").touch()
-    assert main(["caption", "one.jpg", "--name", "first", "--web", "alt"]) == 0
-    assert capsys.readouterr().out == "one.jpg\tfirst sees one and alt\n"
-    assert main(["caption", "two.jpg"]) == 1
-    assert "two.jpg is not a file" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("end", ["", "raise UserError('Mend it.')"])
 @pytest.mark.parametrize("num_lines", [1, 100_000])
 def test_a_reader_who_leaves_early_does_not_change_how_a_command_ends(num_lines: int, end: str) -> None:

@@ -292,7 +292,7 @@ def test_queries_caption_too(say: Say, work: Path) -> None:
 
 def test_in_a_pipe_captions_come_as_paths_do_and_a_reader_who_leaves_ends_it(work: Path) -> None:
     command = [sys.executable, "-m", "cli", "caption", "-", "--batch", "1", "--work", str(work), "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:

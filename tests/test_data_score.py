@@ -227,3 +227,7 @@ def test_a_run_of_ours_scores_as_its_export_does(tmp_path: Path) -> None:
         run(tmp_path, name, overwrite=True)
         found.append([row[column] for row in rows(tmp_path) for column in ("web", "synthetic")])
     assert found[0] == found[1] == pytest.approx(found[2], abs=0.01) and len(set(found[0])) > 5
+    masked = {**about, "config": {**about["config"], "text_padding": "trimmed"}}
+    (folder / checkpoint.ABOUT).write_text(json.dumps(masked))
+    run(tmp_path, str(folder), overwrite=True)
+    assert [row["web"] for row in rows(tmp_path)] != pytest.approx(found[0][::2], abs=1e-6), "padding is attended to"

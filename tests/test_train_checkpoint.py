@@ -105,7 +105,7 @@ def test_a_kill_while_writing_leaves_the_one_before(tmp_path: Path, monkeypatch:
     def killed(*anything: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    places = ((checkpoint_writer, "save_file"), (checkpoint_writer.dcp, "save"), (checkpoint, "publish"))
+    places = ((checkpoint_writer, "save_file"), (checkpoint_writer.state_dict_saver, "save"), (checkpoint, "publish"))
     for module, where in (*places, (checkpoint, "_remove_older")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, where, killed)
@@ -221,5 +221,5 @@ def test_of_an_older_checkpoint_the_model_is_read_and_training_does_not_go_on(tm
     (folder / "checkpoint.json").write_text(json.dumps(about))
     (folder / "state.pt").write_bytes(b"")
     assert checkpoint.read_about(folder)["config"] == {"size": "tiny", "decoder": True, "condition": "alt"}
-    with pytest.raises(UserError, match="older version .* --init"):
+    with pytest.raises(UserError, match=r"older version .* --init"):
         checkpoint.read_progress(folder)

@@ -25,13 +25,14 @@ from torch import Tensor
 from cli.main import main
 from clips_data import ledger
 from clips_data.errors import ResumeRefused, UserError
-from clips_train import features, shards, transforms
+from clips_train import features, generate, shards, transforms
 from clips_train.config import EmbedConfig, TrainConfig
 from clips_train.embed import Embedded, embed
 from clips_train.losses import distillation_loss
 from clips_train.model import build_model
 from clips_train.teacher import NoFeatures, Teacher
 from clips_train.tokenizer import build_tokenizer
+from clips_train.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 VIEWS = ("web", {"from": "synthetic", "reduce": "truncate"})
@@ -174,6 +175,32 @@ def test_an_ensemble_gives_unit_features_whose_logits_are_the_mean_of_the_teache
         image_E, text_E = live(models[name], data_, text, side_px=side_px, augmentation=1, key=key)
         logits.append(scale * float(image_E @ text_E))
     assert teacher.scale * float(found["image"] @ found["view.0"]) == pytest.approx(sum(logits) / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("text_padding", ["reference", "trimmed"])
+def test_a_run_of_ours_teaches_with_its_own_preprocessing_and_padding(
+    tmp_path: Path, data: Path, text_padding: str
+) -> None:
+    settings = config(teacher=None, samples=8, text_padding=text_padding, precision="fp32", device="cpu")
+    train(settings, shards=data, out=tmp_path / "runs" / "first", quiet=True)
+    done = run(data, tmp_path / "teacher", f"run:{tmp_path}/runs/first", augment="none", num_augmentations=1)
+    assert done.counts == {"ok": 32}
+    teacher = open_teacher(data, tmp_path / "teacher", augment="none")
+    trained, reader = generate.load_trained(tmp_path / "runs" / "first", "cpu"), shards.ShardReader(train_split(data))
+    ids_1L = trained.tokenizer.text_ids([reader.about(1, 2)["synthetic"]], settings.context_length)
+    mask_1L = None
+    if text_padding == "trimmed":
+        slots_L = torch.arange(settings.context_length)
+        end = int((ids_1L[0] == trained.tokenizer.eos_id).int().argmax())
+        mask_1L = (slots_L <= end)[None] | (slots_L == settings.context_length - 1)
+    picture = transforms.squash(transforms.decode(reader.image(1, 2), settings.image_px), settings.image_px)
+    with torch.inference_mode():
+        image_1E, _ = trained.model.encode_image(transforms.normalise(picture[None]))
+        text_1E, _ = trained.model.encode_text(ids_1L, mask_1L)
+    found = teacher.features(1, 2, 0, ("synthetic",))
+    torch.testing.assert_close(found["image"], image_1E[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found["view.0"], text_1E[0], atol=1e-5, rtol=0)
+    assert teacher.scale == pytest.approx(float(trained.model.logit_scale.detach().exp()))
 
 
 def test_a_student_of_another_size_sees_the_same_crop_and_colours() -> None:

@@ -158,7 +158,7 @@ def test_a_tar_cut_anywhere_is_refused_with_file_and_offset(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda data: data[:1536] + b"\xff" * 512 + data[2048:], r"at byte \d+"),
+        (lambda data: data[:1536] + b"\xff" * 512 + data[2048:], r"at byte 1536 no tar header"),
         (lambda data: data + data, "more data follow"),
         (lambda data: b"\x1f\x8b" + data[2:], "compressed"),
     ],

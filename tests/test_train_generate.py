@@ -79,7 +79,7 @@ class Recomputing:
 @torch.inference_mode()
 def recomputed(trained: Trained, decoding: Decoding) -> list[Caption]:
     _, patch_tokens = trained.model.encode_image(transforms.normalise(images()))
-    states, mask = generate._text_states(trained, WEBS) if trained.reads_text else (None, None)
+    states, mask = trained.encode_texts(WEBS)[1:] if trained.reads_text else (None, None)
     found = search.write(
         Recomputing(trained, patch_tokens, states, mask),
         start_id=trained.tokenizer.bos_id,

@@ -72,14 +72,14 @@ def test_a_synthetic_caption_without_a_piece_gives_way_to_the_web_caption_and_is
     assert view(texts, 0) == view(texts, 1) == ["my dog"]
     assert target(texts) == "my dog"
     assert texts.counts == ("fallback.synthetic_empty",)
-    assert texts.chosen == ("web", None)
+    assert texts.chosen == ("web", "web")
 
 
 def test_an_empty_web_caption_gives_way_to_the_whole_synthetic_one_and_is_counted() -> None:
     texts = texts_of(sample(web=" "))
     assert view(texts, 0) == [TEXT]
     assert texts.counts == ("fallback.web_empty",)
-    assert texts.chosen == (None, None)
+    assert texts.chosen == ("synthetic", None)
 
 
 def test_no_caption_at_all_is_a_reason_and_not_an_empty_text() -> None:
@@ -239,7 +239,5 @@ def test_trimmed_texts_keep_every_token_its_place_and_the_slot_that_is_pooled(
     for row, length in enumerate(lengths):
         used = set(range(length + 2))
         assert used <= set(positions_T.tolist())
-        if mask_RT is not None:
-            attended = {p for p, seen in zip(positions_T.tolist(), mask_RT[row].tolist(), strict=True) if seen}
-            assert attended == used | {LENGTH - 1}
-    assert (mask_RT is not None) == keep_last
+        attended = {p for p, seen in zip(positions_T.tolist(), mask_RT[row].tolist(), strict=True) if seen}
+        assert attended == (used | {LENGTH - 1} if keep_last else used)

@@ -15,6 +15,7 @@ import pytest
 import shardmaker
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clips_data.errors import Interrupted, ResumeRefused, UserError
@@ -27,7 +28,7 @@ from clips_train.data import SampleStream
 from clips_train.distributed import World
 from clips_train.flops import StepShape
 from clips_train.metrics import read_metrics
-from clips_train.model import ClipsModel, build_model
+from clips_train.model import build_model
 from clips_train.parts import Targets, split
 from clips_train.run import Run
 from clips_train.shards import open_split
@@ -324,13 +325,21 @@ def test_overfitting_a_batch_tells_how_well_it_is_known(
     assert "Overfit: loss" in capsys.readouterr().err
 
 
-def test_compiled_blocks_train_alike(shards: Path, tmp_path: Path) -> None:
+def test_compiled_blocks_train_alike(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiler's front end; what it would write in C++ takes minutes to build."""
+    whole_compile, compiled_blocks = torch.nn.Module.compile, []
+
+    def compile_block(block: torch.nn.Module) -> None:
+        compiled_blocks.append(block)
+        whole_compile(block, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
     whole = config(precision="fp32", samples=8)
     expected = train(whole, shards=shards, out=tmp_path / "a", quiet=True)
     found = train(config(precision="fp32", samples=8, compile=True), shards=shards, out=tmp_path / "b", quiet=True)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     weights, compiled = (load_file(checkpoint.find(tmp_path / run) / checkpoint.WEIGHTS) for run in "ab")
-    assert weights.keys() == compiled.keys()
+    assert weights.keys() == compiled.keys() and len(compiled_blocks) == 4
 
 
 def test_the_resolved_config_is_saved_with_the_run(undisturbed: Path) -> None:
@@ -354,10 +363,11 @@ def test_the_arithmetic_of_a_step_is_counted_as_torch_counts_it(shards: Path, ch
     batch, learner = first_batch(shards, settings), trainee(settings)
     targets = Targets.of(batch, learner.num_tokens, settings, ALONE)
     (part,) = split(batch, settings, learner.layout, CPU)
-    with FlopCounterMode(display=False) as counter:
+    # Of the ways to compute attention on a CPU torch counts the plain one only.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step.backward(learner, batch, settings, CPU, ALONE)
     shape = StepShape.of(learner)
-    assert shape.flops(part, targets, 1.0) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert shape.flops(part, targets, 1.0) == pytest.approx(counter.get_total_flops(), rel=0.01)
     num_patches = (settings.image_px // 16) ** 2
     texts = part.text_RL.numel() + (part.captioned.labels_SQ.numel() if part.captioned else 0)
     assert shape.tokens(part) == 8 * num_patches + texts
@@ -427,8 +437,3 @@ def test_the_command_trains_under_torchrun_and_one_process_talks(shards: Path, t
     assert [row["counts"] for row in read_metrics(tmp_path / "runs" / "two" / "metrics.jsonl")] == [{"loaded": 16}]
     state = checkpoint.find(tmp_path / "runs" / "two") / checkpoint.STATE
     assert len(list(state.iterdir())) == 2
-    refused = subprocess.run(
-        [*torchrun, "train", *work, "--batch", "7"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert refused.returncode == 1
-    assert refused.stderr.count("batch 7 cannot be shared out: 2 processes") == 1

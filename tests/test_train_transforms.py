@@ -162,7 +162,7 @@ def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("size", [(512, 384), (1501, 1003), (6007, 900)])
+@pytest.mark.parametrize("size", [(512, 384), (1501, 1003), (3001, 700)])
 def test_scaled_decoding_enlarges_no_crop_and_stays_near_the_full_one(size: tuple[int, int], image_format: str) -> None:
     data = encoded(textured(*size), image_format)
     whole = transforms.to_pixels(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -177,7 +177,7 @@ def test_scaled_decoding_enlarges_no_crop_and_stays_near_the_full_one(size: tupl
         assert right - left >= 64 and lower - upper >= 64 and right <= scaled.shape[2] and lower <= scaled.shape[1]
         full_CHW = transforms._resized(whole, box, 64)
         assert psnr(view_of(data, 64, key=str(number)), full_CHW) > (28 if scale > 1 else 45)
-    assert max(scales) == {512: 2, 1501: 8, 6007: 8}[size[0]]
+    assert max(scales) == {512: 2, 1501: 8, 3001: 8}[size[0]]
 
 
 def test_full_decoding_gives_pillow_s_pixels_for_every_kind_of_file() -> None:

@@ -54,7 +54,7 @@ def build(config: RecaptionConfig, prompt: Prompt) -> tuple[str, Build]:
     if name == "clips":
         from clips_data.recaption.clips import BuildClips
 
-        return name, BuildClips(run=model, max_batch_rows=min(config.batch_rows, 64))
+        return name, BuildClips(run=model, max_batch_rows=min(config.batch_rows, 64), columns=prompt.columns)
     if name == "hf":
         from clips_data.recaption.hf import BuildHf
 

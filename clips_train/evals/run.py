@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from clips_train import generate as generation
 from clips_train.config import EvalConfig
 from clips_train.evals.retrieval import retrieval_scores
 from clips_train.generate import Trained
-from clips_train.texts import trim
 
 FOLDER, UNIT = "eval", "eval"
 SCORES, CAPTIONS = "eval.json", "captions.jsonl"
@@ -224,7 +223,7 @@ def _encode_batch(trained: Trained, samples: list[Sample], config: EvalConfig, e
         for number, sample in enumerate(samples, start=encoded.num_images):
             queries.add(number, len(sample.queries[name]))
         if texts:
-            queries.text_ME.append(_encode_texts(trained, texts))
+            queries.text_ME.append(trained.encode_texts(texts)[0].cpu())
     encoded.num_images += len(samples)
     if config.captions and trained.model.decoder is not None:
         web = [sample.about.get(config.web_column, "") for sample in samples]
@@ -239,17 +238,6 @@ def _encode_batch(trained: Trained, samples: list[Sample], config: EvalConfig, e
             }
             for sample, caption in zip(samples, captions, strict=True)
         )
-
-
-def _encode_texts(trained: Trained, texts: Sequence[str]) -> Tensor:
-    """Unit features [M, E] on the CPU, of texts cut to the model's context."""
-    ids_ML, device = trained.tokenizer.text_ids(texts, trained.config.context_length), trained.device
-    if trained.config.text_padding == "reference":
-        return trained.model.encode_text(ids_ML.to(device))[0].cpu()
-    pools_last_slot = trained.model.towers.text_pool_type == "last"
-    ids_MT, mask_MT, positions_T = trim(ids_ML, trained.tokenizer.eos_id, keep_last=pools_last_slot)
-    mask_MT = None if mask_MT is None else mask_MT.to(device)
-    return trained.model.encode_text(ids_MT.to(device), mask_MT, positions_T.to(device))[0].cpu()
 
 
 def _result(newest: Path, config: EvalConfig, encoded: Encoded, counts: Counter[str]) -> dict[str, Any]:
