@@ -144,7 +144,7 @@ def latest(run: Path) -> Path | None:
     folder = run / CHECKPOINTS / pointer.read_text().strip()
     if not (folder / ABOUT).is_file():
         raise UserError(
-            f"{pointer} names {folder.name}, which is not there. Restore it, or start again with --overwrite."
+            f"{pointer} names {folder.name}, which is not there. Restore it, or delete {run} and train again."
         )
     return folder
 

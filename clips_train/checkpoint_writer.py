@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from clips_data import ledger
-from clips_data.errors import UserError
 from clips_train import checkpoint
 from clips_train.checkpoint import State
 from clips_train.distributed import TIMEOUT, World
@@ -100,7 +99,7 @@ def _by_first(work: Callable[[], None], world: World, group: Any) -> None:
     if world.is_first:
         try:
             work()
-        except (OSError, UserError) as error:
+        except Exception as error:  # raised below, here and in the processes that would wait for ever
             outcome[0] = error
     if world.size > 1:
         dist.broadcast_object_list(outcome, src=0, group=group)

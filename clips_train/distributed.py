@@ -259,8 +259,7 @@ def wrap(trainee: nn.Module, config: TrainConfig, world: World) -> nn.Module:
         fully_shard(trainee, mesh=mesh, ignored_params=scalars)
         return trainee
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trainee, list(loose(trainee)))
-    devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(trainee, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(trainee, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def unwrapped(trainee: nn.Module) -> Any:

@@ -23,7 +23,7 @@ from clips_data.schema import SCHEMA_VERSION
 from clips_train import checkpoint, shards, transforms
 from clips_train.config import ExportConfig, ModelConfig
 from clips_train.generate import Trained, load_trained
-from clips_train.model import SIZES, open_clip_config
+from clips_train.model import open_clip_config, sizes_of
 
 FOLDER = "export"
 MODEL, MODEL_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -98,7 +98,8 @@ def _facts(about: Mapping[str, Any]) -> dict[str, Any]:
 def write_folder(trained: Trained, folder: Path) -> None:
     """All files of the export but the one that says it was checked."""
     config, model = trained.config, trained.model
-    (folder / MODEL_CONFIG).write_text(json.dumps(open_clip_config(config), indent=2, sort_keys=True) + "\n")
+    stock = open_clip_config(config, sigmoid=model.logit_bias is not None)
+    (folder / MODEL_CONFIG).write_text(json.dumps(stock, indent=2, sort_keys=True) + "\n")
     save_file(_plain(model.towers.state_dict()), folder / MODEL)
     if config.tokenizer == "bert":
         _write_bert_tokenizer(config, folder)
@@ -112,15 +113,17 @@ def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _decoder_config(config: ModelConfig) -> dict[str, Any]:
-    sizes = SIZES[config.size]
+    sizes = sizes_of(config)
     return {
         "schema_version": SCHEMA_VERSION,
+        "mode": config.decoder,
+        "fusion": config.fusion,
         "width": sizes.decoder.width,
         "layers": sizes.decoder.layers,
         "heads": sizes.decoder.heads,
         "num_queries": config.target_length,
         "image_width": sizes.image.width,
-        "text_width": sizes.text.width,
+        "text_width": None if config.condition is None else sizes.text.width,
         "tokenizer": config.tokenizer,
     }
 

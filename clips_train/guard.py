@@ -45,11 +45,12 @@ def after(progress: Progress, losses: Mapping[str, float], fault: str | None) ->
 def stop_if_hopeless(
     progress: Progress, losses: Mapping[str, float], fault: str | None, number: int, config: TrainConfig
 ) -> None:
-    """Raises ``UserError`` when more steps in a row than allowed were left out. ``progress`` is that after the step.
+    """Raises ``UserError`` when more steps in a row than allowed were left out, or all steps of a run.
 
-    Called before the update, so that the last checkpoint and the weights stay sound.
+    ``progress`` is that after the step. Called before the update, so that the last checkpoint and the weights stay sound.
     """
-    if fault is None or progress.skipped_in_row <= config.max_skipped_steps:
+    is_untrained_to_the_end = not progress.losses and number * config.batch >= config.samples
+    if fault is None or (progress.skipped_in_row <= config.max_skipped_steps and not is_untrained_to_the_end):
         return
     before = f", as in the {progress.skipped_in_row - 1} steps before it" if progress.skipped_in_row > 1 else ""
     parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items() if name != "total")

@@ -109,14 +109,20 @@ class WeightsAndBiases:
         path = folder / self.ID
         if not (last_step and path.is_file()):
             ledger.write_bytes(path, secrets.token_hex(8).encode())
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "clips"),
-            name=config.get("name"),
-            id=path.read_text(),
-            resume="allow",
-            dir=str(folder),
-            config=dict(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "clips"),
+                name=config.get("name"),
+                id=path.read_text(),
+                resume="allow",
+                dir=str(folder),
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"log_to wandb could not begin ({' '.join(str(error).split())}). Mend that, set WANDB_MODE=offline to "
+                "send the metrics later, or leave wandb out of log_to: metrics.jsonl is written in any case."
+            ) from error
 
     def append(self, row: Mapping[str, Any]) -> None:
         self._run.log(dict(figures(row)), step=row["step"])

@@ -155,6 +155,8 @@ class Run:
     def take_step(self, batch: Batch, stop: bool) -> bool:
         """One optimiser step. Returns whether any process was told to ``stop``."""
         config, world, number = self.config, self.world, self.progress.step
+        plain = distributed.unwrapped(self.trainee)
+        gate_means = plain.gate_means
         losses = vars(step.backward(self.trainee, batch, config, world.device, world))
         distributed.average_loose(self.trainee, world)
         self._norm = sharded.gradient_norm(self._trained, world)
@@ -173,16 +175,16 @@ class Run:
         if fault is None:
             self._update(self._used_rate)
         else:
+            plain.gate_means = gate_means  # else what is not finite would stay in them
             self._say(f"The update of step {number + 1} was left out: {fault}.")
         self._optimizer.zero_grad(set_to_none=True)
-        gate_means = distributed.unwrapped(self.trainee).gate_means
         self.progress = replace(
             progress,
             step=number + 1,
             samples=self.progress.samples + config.batch,
             data=batch.state,
             digest=order_digest(self.progress.digest, batch, world),
-            gate_means=None if gate_means is None else gate_means.tolist(),
+            gate_means=None if plain.gate_means is None else plain.gate_means.tolist(),
         )
         self._last = batch
         self._meter.step_done(config.batch)

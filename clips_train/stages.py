@@ -31,6 +31,8 @@ def _stage(whole: dict[str, Any], number: int, line: str) -> TrainConfig:
         if name not in TrainConfig.model_fields:
             hint = did_you_mean(name, TrainConfig.model_fields)
             raise UserError(f"Stage {number} sets {name!r}, which is no setting of training. {hint}")
+    if "lr_base" in changes:  # a stage that says how its rate follows from its batch does not keep the run's fixed one
+        whole = {name: value for name, value in whole.items() if name != "lr"}
     try:
         return TrainConfig(**whole | changes)
     except ValidationError as error:

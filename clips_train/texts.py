@@ -194,14 +194,15 @@ def _same(one: Source, other: Source) -> bool:
 def trim(ids_RL: Tensor, eos_id: int, *, keep_last: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Texts cut to the longest of them: ids [R, T], which slots are no padding [R, T], and their positions [T].
 
-    With ``keep_last`` the last slot stays and is no padding, because the tower pools it (METHOD §1.3).
+    With ``keep_last`` the last slot stays and is no padding, because the tower pools it (METHOD §1.3). Without, one slot
+    more stays than the longest text has, because the captioner is shown all but the last.
     """
     length = ids_RL.shape[1]
     slots_L = torch.arange(length)
     is_end_RL = ids_RL == eos_id
     num_used_R = torch.where(is_end_RL.any(1), is_end_RL.int().argmax(1) + 1, length)
     longest = int(num_used_R.max()) if len(ids_RL) else 1
-    num_kept = min(length, rounded_up(longest + keep_last))
+    num_kept = min(length, rounded_up(longest + 1))
     kept = torch.cat([slots_L[: num_kept - 1], slots_L[-1:]]) if keep_last else slots_L[:num_kept]
     mask_RT = kept < num_used_R[:, None]
     if keep_last:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,6 +37,8 @@ NOT_IN_DIGEST = frozenset(
     )
 )  # fmt: skip
 """Settings that may change between a run and its resumption, because they change no gradient but in its rounding."""
+_OF_MEMORY = re.compile("allocate memory|out of memory|ALLOC_FAILED")
+"""How allocators and libraries say it that raise a plain ``RuntimeError``."""
 
 
 def train(
@@ -68,6 +71,11 @@ def train(
             folder = out if is_last else out / STAGES / str(number)
             work = _Work(stage, config if is_last else stage, split, folder, before, world)
             summary = work.do(overwrite=overwrite, quiet=quiet or not world.is_first)
+            if work.stopped and not is_last:
+                raise Interrupted(
+                    f"Training stopped by a signal after stage {number} of {len(stages) - 1}, which is finished. Run "
+                    "the same command again to go on with the next one."
+                )
             before = folder
         return summary
 
@@ -93,6 +101,8 @@ class _Work:
         self.config, self.split, self.out, self.before, self.world = config, split, out, before, world
         self.stated = stated
         """What stands in ``config.json``: for the last stage the config of the whole run."""
+        self.stopped = False
+        """Whether a signal came in the last step."""
 
     def do(self, *, overwrite: bool, quiet: bool) -> dict[str, Any]:
         world, split = self.world, self.split
@@ -107,9 +117,12 @@ class _Work:
             tokenizer = build_tokenizer(self.config.tokenizer, self.config.bert_vocab)
             world.on_first(lambda: self._begin(split, tokenizer, inputs, settings, files, overwrite=overwrite))
             source = str(self.before) if self.before else self.config.init
-            run = files.enter_context(Run(self.config, split, tokenizer, self.out, world, source=source, quiet=quiet))
+            with _readable_memory_errors(self.config, world, lambda: "before the first step"):
+                run = Run(self.config, split, tokenizer, self.out, world, source=source, quiet=quiet)
+            files.enter_context(run)
             stop = files.enter_context(_stop_signals())
             facts = _loop(run, stop)
+            self.stopped = world.any(stop.is_set())
             world.on_first(lambda: self._commit(run, inputs, settings))
         return world.on_first(lambda: _summary(self.out, skipped=False)) | facts
 
@@ -149,7 +162,8 @@ class _Work:
 
 def _loop(run: Run, stop: threading.Event) -> dict[str, float]:
     """Takes all steps that are left, and returns what there is to tell at the end."""
-    with contextlib.closing(run.batches()) as batches, _readable_memory_errors(run):
+    told = _readable_memory_errors(run.config, run.world, lambda: f"in step {run.progress.step + 1}")
+    with contextlib.closing(run.batches()) as batches, told:
         while not run.finished:
             stopping = run.take_step(next(batches), stop.is_set())
             run.log_when_due(run.scores_when_due())
@@ -166,17 +180,16 @@ def _loop(run: Run, stop: threading.Event) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _readable_memory_errors(run: Run) -> Iterator[None]:
+def _readable_memory_errors(config: TrainConfig, world: World, when: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not _OF_MEMORY.search(str(error)):
             raise
-        config = run.config
-        share = config.batch // config.accumulation // run.world.size
+        share = config.batch // config.accumulation // world.size
         raise UserError(
-            f"Out of memory on {run.world.device} in step {run.progress.step + 1}, with {share} samples at a time "
-            f"(batch {config.batch} in {config.accumulation} parts on {run.world.size} processes). Try a larger "
+            f"Out of memory on {world.device} {when()}, with {share} samples at a time "
+            f"(batch {config.batch} in {config.accumulation} parts on {world.size} processes). Try a larger "
             "accumulation, gradient_checkpointing, or more processes, which change no result; or caption_every 2 or "
             "more, image_tokens_kept below 1, a smaller batch. Finished checkpoints are kept."
         ) from error

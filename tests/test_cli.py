@@ -373,10 +373,10 @@ def test_train_gets_its_folders_and_its_summary_is_reported(
     assert main(words) == 0
     config = trainer[0].pop("config")
     assert (config.name, config.size) == ("first", "tiny")  # type: ignore[attr-defined]
-    out = Path("w/runs/first")
-    assert trainer[0] == {"shards": Path("w/shards"), "out": out, "overwrite": False, "quiet": False}
+    folders = {"shards": Path("w/shards"), "out": Path("w/runs/first"), "index": Path("w/index")}
+    assert trainer[0] == {**folders, "overwrite": False, "quiet": False}
     stdout, err = capsys.readouterr()
-    assert stdout == f"{out}\n"
+    assert stdout == "w/runs/first\n"
     assert "train: 1 made, 0 skipped" in err and "loss   2.5" in err
     assert main(words) == 0
     assert "train: 0 made, 1 skipped" in capsys.readouterr().err
@@ -403,7 +403,7 @@ def test_shards_from_a_pipe_say_where_train_reads(
     Path("elsewhere/train-00000.tar").touch()
     monkeypatch.setattr(sys, "stdin", io.StringIO("elsewhere/train-00000.tar\n"))
     assert main(["train", "-"]) == 0
-    assert trainer[0]["shards"] == Path("elsewhere")
+    assert trainer[0]["shards"] == (Path("elsewhere/train-00000.tar"),)
 
 
 @pytest.mark.parametrize("end", ["", "raise UserError('Mend it.')"])

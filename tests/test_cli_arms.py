@@ -50,7 +50,7 @@ TRAINED: list[tuple[str, int]] = []
 """Run and seed of every training, in order."""
 
 
-def train(config: Any, *, shards: Path, out: Path, overwrite: bool, quiet: bool) -> dict[str, Any]:
+def train(config: Any, *, shards: Path, out: Path, index: Path, overwrite: bool, quiet: bool) -> dict[str, Any]:
     assert (shards / "train-00000.tar").exists(), "the shared stages come first"
     if config.grad_clip == 13:
         raise Interrupted("stopped in the middle")

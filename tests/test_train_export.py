@@ -73,6 +73,29 @@ def test_the_decoder_lies_beside_and_fits_its_own_config(run: tuple[Path, Path])
     decoder.load_state_dict(load_file(folder / "export" / "decoder.safetensors"))
 
 
+def test_a_model_of_the_sigmoid_loss_keeps_its_bias_and_any_captioner_its_shape(tmp_path: Path) -> None:
+    folder, shards = train_tiny(
+        tmp_path, contrastive="sigmoid", decoder="teacher_forced", fusion="cross_attention", condition=None
+    )
+    export(ExportConfig(), run=folder, shards=shards)
+    stock, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder / 'export'}")
+    trained = load_trained(folder, "cpu").model
+    assert trained.logit_bias is not None
+    assert stock.logit_bias.item() == trained.logit_bias.item() != 0
+    from clips_train.decoder import CaptionDecoder
+
+    about = json.loads((folder / "export" / "decoder_config.json").read_text())
+    del about["schema_version"], about["tokenizer"]
+    CaptionDecoder(vocab_size=49408, **about).load_state_dict(load_file(folder / "export" / "decoder.safetensors"))
+
+
+def test_a_model_that_masks_padding_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    folder, shards = train_tiny(tmp_path, text_padding="trimmed")
+    with pytest.raises(UserError, match="text_padding=trimmed.*Use `clips eval`"):
+        export(ExportConfig(), run=folder, shards=shards)
+    assert not (folder / "export").exists()
+
+
 def test_features_off_by_more_than_the_tolerance_leave_no_export(
     run: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,8 +103,8 @@ def test_features_off_by_more_than_the_tolerance_leave_no_export(
     before = sorted((folder / "export").glob("*")) if (folder / "export").exists() else []
     original = export_module.open_clip_config
 
-    def other_activation(config: Any) -> dict[str, Any]:
-        changed: dict[str, Any] = json.loads(json.dumps(original(config)))
+    def other_activation(config: Any, **given: Any) -> dict[str, Any]:
+        changed: dict[str, Any] = json.loads(json.dumps(original(config, **given)))
         changed["model_cfg"]["text_cfg"]["act_kwargs"] = {}
         return changed
 

@@ -66,6 +66,20 @@ def test_weights_and_biases_takes_rows_offline_and_a_resumed_run_keeps_its_name(
     assert any(names[0].encode() in str(path).encode() for path in (tmp_path / "wandb").rglob("*.wandb"))
 
 
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb")
+def test_weights_and_biases_that_cannot_begin_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def init(**settings: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(UserError, match=r"log_to wandb could not begin \(No API key.*WANDB_MODE=offline"):
+        metrics.open_sinks(["wandb"], tmp_path, {}, last_step=0)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
 def test_tensorboard_takes_rows(tmp_path: Path) -> None:
     (sink,) = metrics.open_sinks(["tensorboard"], tmp_path, {}, last_step=0)

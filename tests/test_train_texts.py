@@ -234,10 +234,11 @@ def test_trimmed_texts_keep_every_token_its_place_and_the_slot_that_is_pooled(
     ids_RL = TOKENIZER.text_ids(["x" * length for length in lengths], LENGTH)
     kept_RT, mask_RT, positions_T = trim(ids_RL, Bytes.eos_id, keep_last=keep_last)
     assert torch.equal(kept_RT, ids_RL[:, positions_T])
-    assert len(positions_T) <= min(LENGTH, max(lengths) + 2 + keep_last + 7)
+    assert len(positions_T) <= min(LENGTH, max(lengths) + 3 + 7)
     assert positions_T.tolist() == sorted(set(positions_T.tolist()))
     for row, length in enumerate(lengths):
         used = set(range(length + 2))
         assert used <= set(positions_T.tolist())
+        assert used - {LENGTH - 1} <= set(positions_T[:-1].tolist()), "the captioner is shown all but the last slot"
         attended = {p for p, seen in zip(positions_T.tolist(), mask_RT[row].tolist(), strict=True) if seen}
         assert attended == (used | {LENGTH - 1} if keep_last else used)

@@ -28,7 +28,7 @@ from clips_train.data import SampleStream
 from clips_train.distributed import World
 from clips_train.flops import StepShape
 from clips_train.metrics import read_metrics
-from clips_train.model import build_model
+from clips_train.model import ClipsModel, build_model
 from clips_train.parts import Targets, split
 from clips_train.run import Run
 from clips_train.shards import open_split
@@ -79,10 +79,15 @@ def rows_without_times(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run / "metrics.jsonl")]
 
 
-def final_weights(run: Path) -> tuple[bytes, ...]:
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the last checkpoint. Not its bytes: safetensors writes the entries of its headers in any order."""
     folder = checkpoint.find(run)
     files = [folder / checkpoint.WEIGHTS, folder / checkpoint.AVERAGED, *(folder / checkpoint.STATE).iterdir()]
-    return tuple(path.read_bytes() for path in files if path.exists())
+    return {f"{path.name} {name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_training_lowers_the_loss_and_counts_what_it_saw(undisturbed: Path) -> None:
@@ -117,7 +122,7 @@ def test_rows_are_written_at_log_steps_and_tell_the_mean_since_the_last(
 def test_a_finished_run_is_skipped_and_another_config_is_refused_with_the_difference(
     shards: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = final_weights(undisturbed)
+    before = final_state(undisturbed)
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "Run", None)
         assert train(config(ema=0.5), shards=shards, out=undisturbed, quiet=True)["skipped"]
@@ -125,7 +130,7 @@ def test_a_finished_run_is_skipped_and_another_config_is_refused_with_the_differ
         assert train(other, shards=shards, out=undisturbed, quiet=True)["skipped"]
         with pytest.raises(ResumeRefused, match=r"config lr: 0\.001 before, 0\.002 now"):
             train(config(ema=0.5, lr=2e-3), shards=shards, out=undisturbed, quiet=True)
-    assert final_weights(undisturbed) == before
+    assert same(final_state(undisturbed), before)
 
 
 def stop_after(steps: int, settings: TrainConfig, shards: Path, out: Path) -> None:
@@ -152,7 +157,7 @@ def test_sigterm_is_a_clean_stop_from_which_the_run_continues_exactly(
     assert checkpoint.find(tmp_path).name == "step-00000003"
     train(config(ema=0.5), shards=shards, out=tmp_path, quiet=True)
     assert rows_without_times(tmp_path) == rows_without_times(undisturbed)
-    assert final_weights(tmp_path) == final_weights(undisturbed)
+    assert same(final_state(tmp_path), final_state(undisturbed))
 
 
 def test_a_stopped_run_of_another_config_is_refused_and_overwrite_starts_afresh(shards: Path, tmp_path: Path) -> None:
@@ -217,6 +222,29 @@ def test_a_few_steps_may_be_left_out_and_are_counted(
         train(config(max_skipped_steps=1), shards=shards, out=tmp_path / "more", quiet=True)
 
 
+def test_a_run_of_which_no_step_could_be_made_is_not_finished(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, {1, 2})
+    with pytest.raises(UserError, match="step 2: the loss is nan, as in the 1 steps before it"):
+        train(config(samples=16), shards=shards, out=tmp_path, quiet=True)
+
+
+def test_a_step_that_is_left_out_leaves_the_means_of_the_gates_as_they_were(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, taken = ClipsModel.encode_image, []
+
+    def encode_image(self: ClipsModel, image_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        taken.append(None)
+        features_BE, tokens_BPW = real(self, image_BCHW)
+        return (features_BE * math.nan if len(taken) == 3 else features_BE), tokens_BPW
+
+    monkeypatch.setattr(ClipsModel, "encode_image", encode_image)
+    gated = config(views=({"from": "web", "gate": True}, {"from": "synthetic", "gate": True}))
+    assert train(gated, shards=shards, out=tmp_path, quiet=True)["skipped_steps"] == 1
+
+
 def test_a_spike_is_left_out_where_it_is_asked_for(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +273,29 @@ def test_memory_that_runs_out_is_told_with_what_to_change(
     monkeypatch.setattr(Run, "take_step", take_step)
     with pytest.raises(UserError, match=r"step 1, with 4 samples at a time \(batch 8 in 2 parts .*gradient_checkpoin"):
         train(config(accumulation=2), shards=shards, out=tmp_path, quiet=True)
+
+
+def test_memory_that_runs_out_before_the_first_step_is_told_too(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def to(self: ClipsModel, device: torch.device) -> ClipsModel:
+        raise torch.OutOfMemoryError("x")
+
+    monkeypatch.setattr(ClipsModel, "to", to)
+    with pytest.raises(UserError, match="Out of memory on cpu before the first step, with 8 samples"):
+        train(config(), shards=shards, out=tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize("error", [torch.distributed.DistBackendError("NCCL"), NotImplementedError("x")])
+def test_what_is_no_want_of_memory_is_not_called_so(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def take_step(self: Run, batch: Batch, stop: bool) -> bool:
+        raise error
+
+    monkeypatch.setattr(Run, "take_step", take_step)
+    with pytest.raises(type(error)):
+        train(config(), shards=shards, out=tmp_path, quiet=True)
 
 
 def test_a_disk_that_is_full_ends_the_run_at_the_next_step(
@@ -420,7 +471,8 @@ def test_a_stage_that_makes_no_sense_is_refused_in_a_sentence(line: str, message
 def test_stages_are_the_run_with_what_differs() -> None:
     assert stages_of(config()) == [config()]
     first, second = stages_of(config(stages=["samples: 16, lr_base: 4e-7", "lr: null"]))
-    assert first == config(samples=16, lr_base=4e-7) and second == config(lr=None)
+    assert first == config(samples=16, lr_base=4e-7, lr=None) and second == config(lr=None)
+    assert first.peak_lr == pytest.approx(4e-7 * 8 / 256)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -3,11 +3,12 @@
     uv run python tests/bench/train.py step   [--sizes S/16] [--batch 64] [--rounds 7]
     uv run python tests/bench/train.py clips  [--sizes S/16] [--batch 64] [--rounds 5]
     uv run python tests/bench/train.py memory [--batch 64]
+    uv run python tests/bench/train.py profile [--sizes S/16] [--batch 64]
     uv run python tests/bench/train.py step --device cuda --sizes B/16,L/14 --image-px 224 --batch 256
 
 ``step`` trains the towers alone, as open_clip trains its CLIP: gradient and optimiser. ``clips`` adds the second view
 and the captioner, with texts trimmed and not, and sets them beside open_clip's CLIP and CoCa. ``memory`` is that of the
-captioning loss, in a process of its own for each way to compute it.
+captioning loss, in a process of its own for each way to compute it. ``profile`` says which operations take the time.
 
 Each prints and writes its figures as JSON (--out). Rivals take turns in every round, so that a busy machine is busy for
 all of them. Ratios are of medians: above 1 means faster than the rival. On a CPU they are of processor seconds.
@@ -49,6 +50,7 @@ from clips_train.tokenizer import Tokenizer, build_tokenizer
 RATE, WEIGHT_DECAY, BETAS = 1e-4, 0.2, (0.9, 0.95)
 CAPTION_WEIGHT = 2.0
 MIB = 1 << 20
+NUM_PROFILED = 15
 
 NUM_WORDS = {
     "web": (3, 5, 6, 7, 8, 8, 9, 9, 10, 11, 12, 14, 16, 22),
@@ -70,7 +72,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--profile", action="store_true", help="Also print the operations of our step that cost most.")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.what in LOSSES_OF_CAPTIONS:
@@ -253,6 +254,7 @@ def race(rivals: Sequence[Rival], rounds: int, device: torch.device) -> None:
     """Fills in the rivals' figures. The first step of each, which counts its arithmetic, is not timed."""
     for rival in rivals:
         rival.flops = counted(rival.gradient)
+        print(rival.name, f"{rival.flops / 1e9:.1f} GFLOP a step", file=sys.stderr, flush=True)
         rival.update()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -285,17 +287,6 @@ def counted(work: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-def profiled(rival: Rival, device: torch.device) -> None:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as found:
-        rival.gradient()
-        rival.update()
-    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(rival.name, found.key_averages().table(sort_by=order, row_limit=25), file=sys.stderr)
-
-
 def configured(size: str, options: Any, **settings: Any) -> TrainConfig:
     return TrainConfig(size=size, image_px=options.image_px, batch=options.batch, lr=RATE, **settings)
 
@@ -310,9 +301,6 @@ def _contrastive_step(size: str, options: Any) -> dict[str, Any]:
     config = configured(size, options, views=["web"], decoder="none", caption_weight=0)
     mine, theirs = ours("clips", config, device, tokenizer), open_clips(config, device, tokenizer)
     race([mine, theirs], options.rounds, device)
-    if options.profile:
-        profiled(mine, device)
-        profiled(theirs, device)
     return {
         **about(options, device),
         **{rival.name: rival.figures(device) for rival in (mine, theirs)},
@@ -338,9 +326,6 @@ def _clips_step(size: str, options: Any) -> dict[str, Any]:
     peer = coca(config, device, tokenizer)
     rivals = [padded, default, trimmed, plain, peer]
     race(rivals, options.rounds, device)
-    if options.profile:
-        profiled(default, device)
-        profiled(trimmed, device)
     return {
         **about(options, device),
         "mean_tokens": facts(make_batch(config, tokenizer)),
@@ -350,6 +335,34 @@ def _clips_step(size: str, options: Any) -> dict[str, Any]:
         },
         "samples_times_padded": {rival.name: ratio(padded.step_s, rival.step_s) for rival in (default, trimmed, peer)},
     }
+
+
+def profile(options: Any) -> dict[str, Any]:
+    """Seconds of the operations that cost most in one step, for finding out where a figure falls short."""
+    device, tokenizer, size = torch.device(options.device), build_tokenizer("bpe"), options.sizes.split(",")[0]
+    config = configured(size, options, caption_weight=CAPTION_WEIGHT)
+    trimmed = config.model_copy(update={"text_padding": "trimmed"})
+    rivals = [
+        ours("clips", config, device, tokenizer),
+        ours("clips_trimmed", trimmed, device, tokenizer),
+        open_clips(config, device, tokenizer),
+    ]
+    return {**about(options, device), **{rival.name: profiled(rival, device) for rival in rivals}}
+
+
+def profiled(rival: Rival, device: torch.device) -> dict[str, float]:
+    rival.gradient()
+    rival.update()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as found:
+        rival.gradient()
+        rival.update()
+    which = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    seconds = {event.key: getattr(event, which) / 1e6 for event in found.key_averages()}
+    most = sorted(seconds, key=lambda name: seconds[name], reverse=True)[:NUM_PROFILED]
+    return {name: round(seconds[name], 3) for name in most}
 
 
 def ratio(one: float, other: float) -> float:
@@ -454,6 +467,7 @@ BENCHES: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "step": contrastive_step,
     "clips": clips_step,
     "memory": caption_memory,
+    "profile": profile,
 }
 
 if __name__ == "__main__":
