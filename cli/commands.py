@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -45,14 +46,17 @@ class StageCommand(ConfigCommand):
         stop_on_sigterm()
         given: dict[str, Any] = context.params
         run = run_name(self.stage, config, given.get("run_name"))
-        say(f"{self.stage.name}: writing to {self.stage.output(config, job, run)}", quiet=job.quiet or job.dry_run)
+        is_first = os.environ.get("RANK", "0") == "0"  # torchrun starts several processes; the first one talks
+        quiet = job.quiet or job.dry_run or not is_first
+        say(f"{self.stage.name}: writing to {self.stage.output(config, job, run)}", quiet=quiet)
         try:
             report = self.stage.call(self.stage, config, job, run)
         except EndedShort as error:
             if error.report is not None:
                 show_report(error.report, as_json=given["as_json"], quiet=job.quiet)
             raise
-        show_report(report, as_json=given["as_json"], quiet=job.quiet)
+        if is_first:
+            show_report(report, as_json=given["as_json"], quiet=job.quiet)
 
 
 def build(name: str, summary: str) -> click.Command:

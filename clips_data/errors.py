@@ -71,4 +71,4 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A sentence to append to a message: the nearest right word, or all of them where none is near."""
     known = list(choices)
     near = nearest(word, known)
-    return f"Did you mean {near!r}?" if near else f"Known are: {', '.join(known)}."
+    return f"Did you mean {near!r}?" if near else f"Known are: {', '.join(known) or 'none'}."

@@ -299,6 +299,8 @@ class TrainConfig(ModelConfig):
             raise ValueError(
                 f"caption_weight {self.caption_weight} needs a captioner; set decoder to queries or the weight to 0"
             )
+        if self.caption_weight == 0 and self.decoder != "none":
+            raise ValueError("caption_weight 0 trains no captioner; set decoder to none")
         if not self.views and not (self.caption_weight > 0):
             raise ValueError("without views and without a captioner there is nothing to train")
         if self.batch % self.accumulation:

@@ -23,7 +23,7 @@ PEAK_BF16_TFLOPS = {
 }  # fmt: skip
 """Dense bf16 (V100: fp16) with fp32 accumulation, without sparsity, by a part of the name that CUDA gives a device.
 
-From NVIDIA's data sheets and architecture papers of these products.
+What NVIDIA states for these products, not what they were seen to reach; ``TrainConfig.peak_tflops`` overrides it.
 """
 
 

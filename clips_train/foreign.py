@@ -147,7 +147,12 @@ def open_shards(given: Path | Sequence[Path], name: str, *, index: Path) -> Spli
     """
     names = [given] if isinstance(given, Path) else list(given)
     homes = {path if path.is_dir() else path.parent for path in names}
-    if isinstance(given, Path) and not _PATTERN.search(str(given)) and not any(given.glob("*.tar")):
+    if (
+        isinstance(given, Path)
+        and not given.is_file()
+        and not any(given.glob("*.tar"))
+        and not _PATTERN.search(str(given))
+    ):
         return open_split(given, name)  # says what is missing
     if len(homes) == 1 and ((home := homes.pop()) / INDEX_FILE).is_file():
         return open_split(home, name)

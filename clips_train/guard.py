@@ -47,7 +47,8 @@ def stop_if_hopeless(
 ) -> None:
     """Raises ``UserError`` when more steps in a row than allowed were left out, or all steps of a run.
 
-    ``progress`` is that after the step. Called before the update, so that the last checkpoint and the weights stay sound.
+    ``progress`` is that after the step. Called before the update, so that the last checkpoint and the weights stay
+    sound.
     """
     is_untrained_to_the_end = not progress.losses and number * config.batch >= config.samples
     if fault is None or (progress.skipped_in_row <= config.max_skipped_steps and not is_untrained_to_the_end):

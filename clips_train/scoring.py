@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,8 @@ def held_out_scores(
     model = build_model(config.model, sigmoid=config.contrastive == "sigmoid")
     model.load_state_dict(dict(weights))
     trained = Trained(config.model, model.to(device).eval(), tokenizer, device, Path())
-    chosen = EvalConfig(split=split.name, max_samples=config.eval_images, captions=False)
-    encoded = evals._encode_split(trained, split, chosen, {}, Counter(), quiet=True)
-    scores = evals._scores(torch.cat(encoded.image_NE), encoded.queries[chosen.queries[0]])
+    chosen = EvalConfig(split=split.name, max_samples=config.eval_images)
+    scores = evals.retrieval_by_queries(trained, split, chosen)[chosen.queries[0]]
     return {f"eval_{name}": scores[name] for name in ("image_to_text_r1", "text_to_image_r1", "num_images")}
 
 

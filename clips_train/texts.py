@@ -194,8 +194,8 @@ def _same(one: Source, other: Source) -> bool:
 def trim(ids_RL: Tensor, eos_id: int, *, keep_last: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Texts cut to the longest of them: ids [R, T], which slots are no padding [R, T], and their positions [T].
 
-    With ``keep_last`` the last slot stays and is no padding, because the tower pools it (METHOD §1.3). Without, one slot
-    more stays than the longest text has, because the captioner is shown all but the last.
+    With ``keep_last`` the last slot stays and is no padding, because the tower pools it (METHOD §1.3). Without, one
+    slot more stays than the longest text has, because the captioner is shown all but the last.
     """
     length = ids_RL.shape[1]
     slots_L = torch.arange(length)

@@ -209,7 +209,7 @@ def test_a_folder_without_a_checkpoint_or_with_a_dangling_pointer_is_named(tmp_p
         checkpoint.find(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest").write_text("step-00000009\n")
-    with pytest.raises(UserError, match="step-00000009, which is not there. Restore it, or delete .* and train again"):
+    with pytest.raises(UserError, match=r"step-00000009, which is not there. Restore it, or delete .* and train again"):
         checkpoint.latest(tmp_path)
 
 

@@ -91,7 +91,7 @@ def test_a_model_of_the_sigmoid_loss_keeps_its_bias_and_any_captioner_its_shape(
 
 def test_a_model_that_masks_padding_is_refused_with_what_to_do(tmp_path: Path) -> None:
     folder, shards = train_tiny(tmp_path, text_padding="trimmed")
-    with pytest.raises(UserError, match="text_padding=trimmed.*Use `clips eval`"):
+    with pytest.raises(UserError, match=r"text_padding=trimmed.*Use `clips eval`"):
         export(ExportConfig(), run=folder, shards=shards)
     assert not (folder / "export").exists()
 

@@ -232,6 +232,7 @@ def test_tars_are_named_by_path_folder_glob_and_braces(tmp_path: Path) -> None:
     assert foreign.tars_named([folder / "{00002..00010}.tar"]) == tars[2:11]
     assert foreign.tars_named([folder / "{00003,00001}.tar", tars[1]]) == [tars[3], tars[1]]
     assert foreign.tars_named([folder / "0000?.tar"]) == tars[:10]
+    assert foreign.open_shards(tars[1], "train", index=tmp_path / "index").num_samples == 1
     for wrong in ("{00002..00013}.tar", "none*.tar", "gone.tar"):
         with pytest.raises(UserError, match="names no tar"):
             foreign.tars_named([folder / wrong])

@@ -468,6 +468,11 @@ def test_a_stage_that_makes_no_sense_is_refused_in_a_sentence(line: str, message
         stages_of(config(stages=[line]))
 
 
+def test_a_captioner_that_nothing_would_train_is_refused() -> None:
+    with pytest.raises(ValueError, match="caption_weight 0 trains no captioner; set decoder to none"):
+        config(caption_weight=0)
+
+
 def test_stages_are_the_run_with_what_differs() -> None:
     assert stages_of(config()) == [config()]
     first, second = stages_of(config(stages=["samples: 16, lr_base: 4e-7", "lr: null"]))
