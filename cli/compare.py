@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import click
 
 from . import present
-from .options import LazyCommand, common_options, from_text, load, option_for
+from .options import LazyCommand, common_options, from_text, load, option_for, option_name
 
 if TYPE_CHECKING:
     from clips_data.config import RecaptionConfig
@@ -121,14 +121,16 @@ def _settings(given: dict[str, Any]) -> RecaptionConfig:
 
     config = load(CONFIG)
     values = {
-        name: from_text(given[name], config.model_fields[name]) for name in SETTINGS if given.get(name) is not None
+        name: from_text(given[name], config.model_fields[name], option_name(name))
+        for name in SETTINGS
+        if given.get(name) is not None
     }
     try:
         return cast("RecaptionConfig", validated(config, values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
-        raise click.UsageError(f"--{name.replace('_', '-')} is {first['input']}; {what_is_right(first)}.") from None
+        raise click.UsageError(f"{option_name(name)} is {first['input']}; {what_is_right(first)}.") from None
 
 
 def lines(compared: Compared) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,35 +96,39 @@ class ConfigCommand(LazyCommand):
     def _config(self, given: dict[str, Any], context: click.Context) -> BaseModel:
         from pydantic import ValidationError
 
-        from .values import validated, what_is_right
+        from .values import validated
 
         config = load(self.config)
         values = {}
         for name, field in config.model_fields.items():
             value = given.get(name)
             if value is not None and value != ():
-                values[name] = from_text(value, field)
+                values[name] = from_text(value, field, self._spelt(name))
         try:
             return validated(config, values)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise click.UsageError(self._refusal(first, what_is_right(first)), context) from None
+            raise click.UsageError(self._refusal(error.errors(include_url=False), values), context) from None
 
-    def _refusal(self, error: Any, right: str) -> str:
-        from .values import nearest_inside
+    def _refusal(self, errors: Sequence[Any], values: Mapping[str, Any]) -> str:
+        from .values import nearest_inside, what_is_right, written_path
 
-        name = str(error["loc"][0]) if error["loc"] else ""
+        if not errors[0]["loc"]:
+            return f"These options do not go together: {what_is_right(errors[0])}."
+        name = str(errors[0]["loc"][0])
+        if name not in values:
+            return f"{self._spelt(name)} is missing."
+        # A value of several types has an error for each of them; what comes deepest was meant.
+        within = [found for found in errors if found["loc"][0] == name]
+        error = max(within, key=lambda found: len(written_path(values[name], found["loc"][1:])))
+        parts = written_path(values[name], error["loc"][1:])
         if error["type"] == "missing":
-            if len(error["loc"]) == 1:
-                return f"{self._spelt(name)} is missing."
-            return f"{self._spelt(name)}: {error['input']!r} has no {error['loc'][-1]!r}."
-        if not name:
-            return f"These options do not go together: {right}."
+            return f"{'.'.join([self._spelt(name), *parts])}: {error['input']!r} has no {error['loc'][-1]!r}."
         if error["type"] == "extra_forbidden":
-            key = str(error["loc"][-1])
-            return f"{self._spelt(name)} has no key {key!r}. {nearest_inside(load(self.config), key)}"
+            holder = ".".join([self._spelt(name), *parts[:-1]])
+            return f"{holder} has no key {parts[-1]!r}. {nearest_inside(load(self.config), parts[-1])}"
         value = error["input"]
-        return f"{self._spelt(name)} is {value if isinstance(value, str) else repr(value)}; {right}."
+        shown = value if isinstance(value, str) and not parts else repr(value)
+        return f"{'.'.join([self._spelt(name), *parts])} is {shown}; {what_is_right(error)}."
 
     def _spelt(self, name: str) -> str:
         return name.upper() if name == self.positional else option_name(name)
@@ -148,14 +152,14 @@ def option_for(name: str, field: FieldInfo) -> click.Option:
         choices = [str(choice) for choice in kind.choices] + (["none"] if kind.optional else [])
         return click.Option([spelt, name], type=click.Choice(choices), help=text)
     if kind.form in ("list", "lines"):
-        metavar = "A,B,…" if kind.form == "list" else "TEXT"
+        metavar = (",".join(map(str, kind.choices)) or "A,B,…") if kind.form == "list" else "TEXT"
         return click.Option([spelt, name], multiple=True, metavar=metavar, help=text)
     metavar = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT", "yaml": "YAML"}[kind.form]
     return click.Option([spelt, name], metavar=metavar, help=text)
 
 
-def from_text(value: Any, field: FieldInfo) -> Any:
-    """What the user typed, as the value that pydantic is to check."""
+def from_text(value: Any, field: FieldInfo, spelt: str) -> Any:
+    """What the user typed, as the value that pydantic is to check. Raises for what is no YAML, where it should be."""
     from .values import kind_of
 
     kind = kind_of(field)
@@ -170,8 +174,9 @@ def from_text(value: Any, field: FieldInfo) -> Any:
 
         try:
             return yaml.safe_load(value)
-        except yaml.YAMLError:
-            return value  # pydantic says what it should have been
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or str(error)
+            raise click.UsageError(f"{spelt} is not YAML: {problem}.", click.get_current_context(silent=True)) from None
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,7 +41,7 @@ def kind_of(field: FieldInfo) -> Kind:
     if origin in (tuple, list) and isinstance(typing.get_args(annotation)[0], typing.NewType):
         return Kind("lines", optional)
     if origin in (tuple, list) and _is_plain(typing.get_args(annotation)[0]):
-        return Kind("list", optional)
+        return Kind("list", optional, _choices_of(typing.get_args(annotation)[0]))
     if _is_plain(annotation):
         return Kind("text", optional)
     return Kind("yaml", optional)
@@ -64,6 +64,10 @@ def _is_plain(annotation: Any) -> bool:
     if typing.get_origin(annotation) is Literal:
         return True
     return isinstance(annotation, type) and (annotation in (int, float) or annotation.__name__ in ("str", "Path"))
+
+
+def _choices_of(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
 
 
 def range_of(field: FieldInfo) -> str:
@@ -119,6 +123,17 @@ def nearest_inside(config: type[BaseModel], key: str) -> str:
 
     inner = config.model_json_schema().get("$defs", {})
     return did_you_mean(key, [known for about in inner.values() for known in about.get("properties", {})])
+
+
+def written_path(value: Any, path: Sequence[Any]) -> list[str]:
+    """As much of pydantic's ``path`` as leads into ``value``: it also names a union's types, which nobody wrote."""
+    parts = []
+    for part in path:
+        in_list = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
+        if in_list or (isinstance(value, Mapping) and part in value):
+            value = value[part]
+            parts.append(str(part))
+    return parts
 
 
 def what_is_right(error: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ Every field becomes an option and a manifest key, with the description as its he
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NewType
@@ -41,8 +42,8 @@ class View(StageConfig):
         False, description="Take the weighted columns in turn, one an epoch, from a start drawn per sample."
     )
     reduce: Reduce = Field("none", description="How the text is cut.")
-    tokens: int = Field(
-        80, gt=3, description="Longest text in tokens, special ones included; at most the model's context_length."
+    tokens: int | None = Field(
+        None, gt=3, description="Longest text in tokens, special ones included; none takes the model's context_length."
     )
     count: int = Field(1, gt=0, description="Texts of one image, all of them positives; one_piece and sentences only.")
     pieces: int | str = Field(
@@ -63,6 +64,12 @@ class View(StageConfig):
             raise ValueError(f"count {self.count} needs reduce one_piece or sentences, not {self.reduce}")
         if self.walk and not isinstance(self.source, dict):
             raise ValueError("walk needs columns with weights, such as from: {web: 1, synthetic: 1}")
+        if isinstance(self.source, dict):
+            below = next((name for name, weight in self.source.items() if not weight >= 0), None)
+            if below is not None:
+                raise ValueError(f"the weight {self.source[below]} of {below} is below 0; give 0, or leave it out")
+            if not any(self.source.values()):
+                raise ValueError("no weight is above 0, so that nothing can be drawn")
         self.pieces_range  # noqa: B018  (raises)
         return self
 
@@ -99,6 +106,14 @@ def _are_weights(value: dict[str, Any]) -> bool:
 
 
 Views = tuple[Annotated[View, BeforeValidator(_from_alone, json_schema_input_type=View | Source)], ...]
+
+
+def _stage_lines(value: Any) -> Any:
+    """Stages that a manifest wrote as mappings, as the lines of YAML that a command line has."""
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(json.dumps(stage, ensure_ascii=False) if isinstance(stage, dict) else stage for stage in value)
+
 
 _OLDER_DECODER = {False: "none", True: "queries"}
 
@@ -179,7 +194,9 @@ class TrainConfig(ModelConfig):
         description="Weights to start from: a run, checkpoint or export folder, a weights file, local-dir:, hf-hub: or "
         "MODEL:TAG of open_clip. Where positions differ in number they are interpolated or recomputed.",
     )
-    stages: tuple[Line, ...] = Field(
+    stages: Annotated[
+        tuple[Line, ...], BeforeValidator(_stage_lines, json_schema_input_type=tuple[Line | dict[str, Any], ...])
+    ] = Field(
         (),
         description="Stages of training, each a YAML mapping of what differs in it, such as 'image_px: 224, samples: "
         "128000000, batch: 16384, lr_base: 4e-7'. Each starts from the weights of the one before. May be repeated.",

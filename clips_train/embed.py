@@ -116,7 +116,7 @@ def _inputs(split: Split) -> dict[str, dict[str, str]]:
 
 
 def _within(limit: int | None, units: Sequence[str], split: Split) -> list[str]:
-    """The first units whose rows are within the limit together."""
+    """The first units whose rows are within the limit together. Raises ``UserError`` where not even one is."""
     if limit is None:
         return list(units)
     num_rows = dict(zip(_inputs(split), split.num_samples_by_shard, strict=True))
@@ -126,6 +126,11 @@ def _within(limit: int | None, units: Sequence[str], split: Split) -> list[str]:
         if limit < 0:
             break
         kept.append(unit)
+    if units and not kept:
+        raise UserError(
+            f"limit {limit + num_rows[units[0]]} is less than the {num_rows[units[0]]} samples of {units[0]}, and only "
+            "whole shards are embedded. Give a larger one, or none."
+        )
     return kept
 
 

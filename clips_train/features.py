@@ -93,7 +93,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     """``index.json`` of stored features. Raises ``UserError`` where there is none, or one that clips did not write."""
     path = folder / INDEX_FILE
     if not path.is_file():
-        begun = f"{len(ledger.finished_units(folder))} shards are finished" if folder.is_dir() else "no such folder"
+        num_finished = len(ledger.finished_units(folder))
+        begun = f"{num_finished} of its shards finished, others missing" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder} holds no complete features of a teacher ({begun}). Run `clips embed` first.")
     try:
         index = dict(json.loads(path.read_text(encoding="utf-8")))

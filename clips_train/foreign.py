@@ -188,9 +188,10 @@ def _open_tars(tars: Sequence[Path], name: str, index: Path) -> ForeignSplit:
         columns.update(json.loads(about["columns"]))
         ignored.update(json.loads(about["ignored"]))
     if not any(int(about["num_samples"]) for about in abouts):
+        found = ", ".join(f"{what} {number}" for what, number in ignored.most_common(10)) or "nothing at all"
         raise UserError(
-            f"{tars[0]} and {len(tars) - 1} further tars hold no sample: none has an image ({', '.join(IMAGES)}). "
-            f"Found was {dict(ignored)}."
+            f"The tars ({len(tars)}, from {tars[0]} on) hold no sample: none has an image ({', '.join(IMAGES)}). "
+            f"In them was: {found}."
         )
     return ForeignSplit(
         folder=index,

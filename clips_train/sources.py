@@ -103,17 +103,20 @@ class TextSources:
     @classmethod
     def open(cls, split: Split, config: TrainConfig) -> TextSources:
         """Raises ``UserError`` for rules that make no sense, and for a column that the shards do not have."""
-        wanted = [(view.source, view.walk) for view in config.views]
+        wanted = [("views", view.source, view.walk) for view in config.views]
         if config.decoder != "none":
-            wanted += [(source, False) for source in (config.condition, config.target) if source is not None]
+            of_captioner = (("condition", config.condition), ("target", config.target))
+            wanted += [(setting, source, False) for setting, source in of_captioner if source is not None]
         found: dict[tuple[str, bool], AnySource] = {}
-        for source, walk in wanted:
+        for setting, source, walk in wanted:
+            if isinstance(source, dict):
+                _check_columns(source, split, setting)
             if _name(source, walk) not in found:
                 num_mixed = sum(not isinstance(known, Column) for known in found.values())
                 label = "mix." if num_mixed == 0 else f"mix_{num_mixed + 1}."
                 found[_name(source, walk)] = _open(source, walk, split, config.seed, label)
-        negatives = [name for view in config.views for name in view.negatives]
-        _check_columns([name for known in found.values() for name in known.columns] + negatives, split)
+            _check_columns(found[_name(source, walk)].columns, split, setting)
+        _check_columns([name for view in config.views for name in view.negatives], split, "views")
         return cls(found)
 
     def columns(self, source: Source, walk: bool = False) -> tuple[str, ...]:
@@ -166,7 +169,6 @@ def _open(source: Source, walk: bool, split: Split, seed: int, label: str) -> An
     if isinstance(source, str) and not _is_rule(source):
         return Column(source)
     if isinstance(source, dict):
-        _check_columns(source, split)
         if walk:
             return Walk(tuple(source), seed, label)
         rules = [",".join(f"{column}={weight!r}" for column, weight in source.items())]
@@ -181,12 +183,14 @@ def _open(source: Source, walk: bool, split: Split, seed: int, label: str) -> An
     return Mixed(Mix.parse(rules, columns=columns), seed, label)
 
 
-def _check_columns(names: Iterable[str], split: Split) -> None:
+def _check_columns(names: Iterable[str], split: Split, setting: str) -> None:
+    without = "" if setting == "views" else ", train without a captioner (decoder none, caption_weight 0)"
     for name in names:
         if name not in split.columns:
             raise UserError(
-                f"The shards in {split.folder} have no caption column {name!r}. {did_you_mean(name, split.columns)} "
-                "Change the view, or make shards with that column: clips shard --columns."
+                f"The data have no caption column {name!r}, which {setting} names. "
+                f"{did_you_mean(name, split.columns)} Change {setting}{without}, or make shards with that column: "
+                "clips shard --columns."
             )
 
 

@@ -99,7 +99,7 @@ class TextMaker:
         self, view: View, source: Text, stand_ins: _Usable, about: Mapping[str, Any], draw: Draw
     ) -> list[list[int]]:
         """Token ids of 1 to ``count`` texts."""
-        budget = self._tokenizer.budget(min(view.tokens, self._config.context_length))
+        budget = self._tokenizer.budget(_length(view, self._config))
         if not stand_ins.usable(source):
             return [self._tokenizer.pieces(stand_ins.text_for(source))[:budget]]
         spans: Sequence[Span] = ()
@@ -181,10 +181,15 @@ def condition_view(config: TrainConfig) -> int | None:
     if config.decoder == "none" or config.condition is None:
         return None
     for number, view in enumerate(config.views):
-        whole = view.reduce in ("none", "truncate") and view.tokens >= config.context_length and not view.walk
+        whole = view.reduce in ("none", "truncate") and _length(view, config) == config.context_length and not view.walk
         if whole and _same(view.source, config.condition):
             return number
     return None
+
+
+def _length(view: View, config: TrainConfig) -> int:
+    """Slots of a view's longest text."""
+    return config.context_length if view.tokens is None else min(view.tokens, config.context_length)
 
 
 def _same(one: Source, other: Source) -> bool:

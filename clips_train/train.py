@@ -18,11 +18,11 @@ import torch
 from clips_data import ledger
 from clips_data.errors import Interrupted, UserError
 from clips_data.journal import Journal
-from clips_train import checkpoint, distributed, foreign, shards, sources
+from clips_train import checkpoint, distributed, features, foreign, shards, sources, weights
 from clips_train.config import TrainConfig
 from clips_train.distributed import World
 from clips_train.metrics import read_metrics
-from clips_train.run import METRICS, Run
+from clips_train.run import EMBEDDINGS, METRICS, Run
 from clips_train.stages import stages_of
 from clips_train.texts import TextMaker
 from clips_train.tokenizer import Tokenizer, build_tokenizer
@@ -106,25 +106,38 @@ class _Work:
 
     def do(self, *, overwrite: bool, quiet: bool) -> dict[str, Any]:
         world, split = self.world, self.split
-        inputs = {"shards": split.digest}
-        if self.before is not None:
-            weights = checkpoint.weights_path(checkpoint.find(self.before))
-            inputs["weights"] = world.on_first(lambda: ledger.digest_file(weights))
+        source = str(self.before) if self.before else self.config.init
+        inputs = world.on_first(lambda: self._inputs(source))
         settings = digested(self.stated)
         if world.on_first(lambda: ledger.is_done(self.out, UNIT, inputs=inputs, config=settings, overwrite=overwrite)):
             return world.on_first(lambda: _summary(self.out, skipped=True))
         with contextlib.ExitStack() as files:
             tokenizer = build_tokenizer(self.config.tokenizer, self.config.bert_vocab)
             world.on_first(lambda: self._begin(split, tokenizer, inputs, settings, files, overwrite=overwrite))
-            source = str(self.before) if self.before else self.config.init
-            with _readable_memory_errors(self.config, world, lambda: "before the first step"):
-                run = Run(self.config, split, tokenizer, self.out, world, source=source, quiet=quiet)
+            try:
+                with _readable_memory_errors(self.config, world, lambda: "before the first step"):
+                    run = Run(self.config, split, tokenizer, self.out, world, source=source, quiet=quiet)
+            except UserError:
+                self._take_back()
+                raise
             files.enter_context(run)
             stop = files.enter_context(_stop_signals())
             facts = _loop(run, stop)
             self.stopped = world.any(stop.is_set())
             world.on_first(lambda: self._commit(run, inputs, settings))
         return world.on_first(lambda: _summary(self.out, skipped=False)) | facts
+
+    def _inputs(self, source: str | None) -> dict[str, str]:
+        """Digests of what the stage is made from: shards, weights to start from, a teacher's features."""
+        inputs = {"shards": self.split.digest}
+        if source is not None and (digest := weights.digest(source)) is not None:
+            inputs["weights"] = digest
+        if self.config.teacher is not None:
+            index = features.read_index(self.split.folder.parent / EMBEDDINGS / self.config.teacher)
+            inputs["teacher"] = ledger.digest_json(
+                {key: index[key] for key in ("shards", "teachers", "augment", "seed")}
+            )
+        return inputs
 
     def _begin(
         self,
@@ -151,6 +164,12 @@ class _Work:
             path.unlink()
         files.callback(Journal(path, header).close)
         ledger.write_json(self.out / CONFIG, self.stated.model_dump(mode="json"))
+
+    def _take_back(self) -> None:
+        """Unsays what ``_begin`` stated where nothing was made of it, so that a mended config is not refused."""
+        if self.world.is_first and checkpoint.latest(self.out) is None:
+            (self.out / BEGUN).unlink(missing_ok=True)
+            (self.out / CONFIG).unlink(missing_ok=True)
 
     def _commit(self, run: Run, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> None:
         """Marks the stage as finished. From here on it is skipped."""

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from clips_data import ledger
 from clips_data.errors import UserError, did_you_mean
 from clips_train import checkpoint
 from clips_train.config import TrainConfig
@@ -84,6 +85,18 @@ def read(source: str) -> Weights:
         f"init {source!r} does not exist. Name a run, checkpoint or export folder, a weights file, {LOCAL}FOLDER, "
         f"{HUB}OWNER/NAME, or MODEL:TAG of open_clip, such as ViT-B-32:laion2b_s34b_b79k."
     )
+
+
+def digest(source: str) -> str | None:
+    """Tells local weights from others; ``None`` for what is named by hub or tag, and for what is not there."""
+    path = Path(source.removeprefix(LOCAL)).expanduser()
+    if source.startswith(HUB) or not path.exists():
+        return None
+    if path.is_file():
+        return ledger.digest_file(path)
+    if (path / OPEN_CLIP_CONFIG).is_file():
+        return ledger.digest_model(path, (".json", ".safetensors", ".bin", ".pt"))
+    return ledger.digest_file(checkpoint.weights_path(checkpoint.find(path)))
 
 
 def _from_run(path: Path) -> Weights:

@@ -1,19 +1,37 @@
-"""Runs a function in several processes that know each other as torchrun's would, without torchrun's start-up time."""
+"""Runs a function in several processes that know each other as torchrun's would, without torchrun's start-up time.
+
+Their tokenizer is that of ``bytemaker``.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
+import bytemaker
+import pytest
 import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ranks", "clips_train.distributed", "clips_train.run"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fork_server() -> Iterator[None]:
+    """For a module that imports it: a server that has torch, in place of the one that other modules' tests share."""
+    _start_anew(["ranks", "bytemaker", "clips_train.distributed", "clips_train.run"])
+    yield
+    _start_anew([])
+
+
+def _start_anew(preload: list[str]) -> None:
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    _CONTEXT.set_forkserver_preload(preload)
 
 
 class Failed(Exception):
@@ -56,6 +74,7 @@ def _main(
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    bytemaker.install(pytest.MonkeyPatch())
     try:
         found = function(*arguments)
     except BaseException as error:

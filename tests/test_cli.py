@@ -431,11 +431,24 @@ def test_a_reader_who_leaves_early_does_not_change_how_a_command_ends(num_lines:
 @pytest.mark.parametrize(
     ("views", "said"),
     [
-        ("[{from: web, reduc: none}]", "--views has no key 'reduc'. Did you mean 'reduce'?"),
-        ("[{form: web}]", "--views: {'form': 'web'} has no 'from'."),
+        ("[{from: web, reduc: none}]", "--views.0 has no key 'reduc'. Did you mean 'reduce'?"),
+        ("[{form: web}]", "--views.0 has no key 'form'. Did you mean 'from'?"),
+        ("[{reduce: truncate}]", "--views.0: {'reduce': 'truncate'} has no 'from'."),
         ("[{from: web, count: 3}]", "count 3 needs reduce one_piece or sentences, not none."),
+        ("[web, {from: web, tokens: many}]", "--views.1.tokens is 'many'; it should be a valid integer."),
+        ("[web, {from: web, negatives: wrong}]", "--views.1.negatives is 'wrong'; it should be a list."),
+        ("[{from: {web: 1, synthetic: x}}]", "--views.0.from.synthetic is 'x'; it should be a valid number."),
+        ("[{from: {web: 1, synthetic: -1}}]", "the weight -1.0 of synthetic is below 0"),
+        ("[{from: {web: 0}}]", "no weight is above 0"),
+        ("[web, {from: web", "--views is not YAML: expected ',' or '}', but got '<stream end>'."),
+        ("web", "--views is web; it should be a list."),
     ],
 )
 def test_mistakes_inside_a_view_are_named(views: str, said: str) -> None:
     outcome = CliRunner().invoke(cli, ["train", "--views", views])
     assert outcome.exit_code == 2 and said in outcome.output
+
+
+def test_the_choices_of_a_list_are_in_its_help() -> None:
+    outcome = CliRunner().invoke(cli, ["train", "--help"])
+    assert "--log-to tensorboard,wandb" in outcome.output

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from bytemaker import small_vocabulary  # noqa: F401
 from safetensors import safe_open
 from torch import Tensor, nn
 

@@ -314,7 +314,7 @@ def test_a_kill_at_any_commit_leaves_what_the_next_run_completes_to_the_same_byt
     assert done.returncode == -9
     assert ledger.finished_units(out) == ["train-00000"] and (out / "train-00001.safetensors.part").exists()
     assert not (out / "index.json").exists()
-    with pytest.raises(UserError, match=r"1 shards are finished.*clips embed"):
+    with pytest.raises(UserError, match=r"1 of its shards finished.*clips embed"):
         open_teacher(data, out)
     again = run(data, out, models["small"])
     assert (again.made, again.skipped, again.counts) == (2, 1, {"ok": 32})
@@ -380,6 +380,8 @@ def test_slices_and_limits_make_whole_shards_and_the_last_slice_the_index(
 ) -> None:
     out = tmp_path / "teacher"
     assert [path.name for path in run(data, out, models["small"], part=(1, 2)).files] == ["train-00001.safetensors"]
+    with pytest.raises(UserError, match=r"limit 3 is less than the \d+ samples of train-0000\d"):
+        run(data, out, models["small"], limit=3)
     assert run(data, out, models["small"], limit=15).made == 1
     assert ledger.finished_units(out) == ["train-00000", "train-00001"] and not (out / "index.json").exists()
     run(data, out, models["small"], part=(0, 2))

@@ -13,6 +13,8 @@ import pytest
 import ranks
 import shardmaker
 import torch
+from bytemaker import small_vocabulary  # noqa: F401
+from ranks import fork_server  # noqa: F401
 from safetensors.torch import load_file
 
 from clips_train import checkpoint
@@ -88,11 +90,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_killed_ten_times_goes_on_with_the_samples_and_texts_it_would_have_seen(folder: Path) -> None:
+@pytest.mark.parametrize("num_kills", [4, pytest.param(10, marks=pytest.mark.long)])
+def test_a_run_killed_again_and_again_goes_on_with_the_samples_and_texts_it_would_have_seen(
+    folder: Path, tmp_path: Path, num_kills: int
+) -> None:
     """Each time with another number of processes and workers, killed in another place."""
     draw = random.Random(7)
     kills = 0
-    for attempt in range(10):
+    undisturbed_run = folder / "undisturbed"
+    (tmp_path / "shards").symlink_to(folder / "shards")
+    folder = tmp_path
+    for attempt in range(num_kills):
         stood = checkpoint.latest(folder / "run")
         step = (checkpoint.read_about(stood)["step"] if stood else 0) + draw.choice((1, 2, 3))
         size = 1 + attempt % 2
@@ -102,9 +110,9 @@ def test_a_run_killed_ten_times_goes_on_with_the_samples_and_texts_it_would_have
         found = ranks.run(train_until, size, settings, folder, place, step, rank)
         kills += found[rank] is not None
         assert not (folder / "run" / "train.done.json").exists()
-    assert kills == 10
+    assert kills == num_kills
     assert ranks.run(train_until, 2, config(parallel="fsdp"), folder, "", 0, 0) == [None, None]
-    rows, expected = (read_metrics(folder / run / "metrics.jsonl") for run in ("run", "undisturbed"))
+    rows, expected = (read_metrics(run / "metrics.jsonl") for run in (folder / "run", undisturbed_run))
     assert [row["step"] for row in rows] == [*range(1, NUM_STEPS + 1)]
     for row, undisturbed in zip(rows, expected, strict=True):
         assert {name: row[name] for name in SEEN} == {name: undisturbed[name] for name in SEEN}

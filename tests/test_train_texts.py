@@ -95,7 +95,9 @@ def test_a_text_of_no_piece_is_still_better_than_none() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"views": ["wbe"]}, "'wbe'.*Did you mean 'web'.*clips shard --columns"),
+        ({"views": ["wbe"]}, "'wbe', which views name.*Did you mean 'web'.*clips shard --columns"),
+        ({"views": ["web"], "target": "shards", "condition": "no"}, "'no', which condition names"),
+        ({"views": [{"from": {"web": 1, "sinthetic": 1}}], "condition": "x"}, "'sinthetic', which views name"),
         ({"views": ["web"], "target": "synthetics"}, "'synthetics'.*Did you mean 'synthetic'"),
         ({"views": ["web"], "condition": "lnog"}, "'lnog'.*Did you mean 'long'"),
         ({"views": [{"from": "web", "negatives": ["wrng"]}]}, "'wrng'.*Did you mean 'wrong'"),

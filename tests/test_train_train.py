@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import shardmaker
 import torch
+from bytemaker import small_vocabulary  # noqa: F401
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -173,6 +174,13 @@ def test_what_the_shards_do_not_have_is_refused_before_the_folder_is_begun(shard
     with pytest.raises(UserError, match="synthetik"):
         train(config(target="synthetik"), shards=shards, out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_ended_before_its_first_step_leaves_its_name_to_a_mended_one(shards: Path, tmp_path: Path) -> None:
+    for mistake in ({"init": "nowhere"}, {"size": "Z/9"}, {"teacher": "nobody"}):
+        with pytest.raises(UserError):
+            train(config(**mistake), shards=shards, out=tmp_path / "run", quiet=True)
+    assert train(config(samples=8), shards=shards, out=tmp_path / "run", quiet=True)["step"] == 1
 
 
 # --- steps that go wrong ----------------------------------------------------------------------------------------------
@@ -473,6 +481,13 @@ def test_a_captioner_that_nothing_would_train_is_refused() -> None:
         config(caption_weight=0)
 
 
+def test_a_manifest_may_write_a_stage_as_a_mapping() -> None:
+    written = config(stages=[{"samples": 16, "views": ["web"]}, "lr: 2e-3"])
+    first, second = stages_of(written)
+    assert first == config(samples=16, views=["web"]) and second == config(lr=2e-3)
+    assert TrainConfig(**written.model_dump(mode="json")) == written
+
+
 def test_stages_are_the_run_with_what_differs() -> None:
     assert stages_of(config()) == [config()]
     first, second = stages_of(config(stages=["samples: 16, lr_base: 4e-7", "lr: null"]))
@@ -494,3 +509,14 @@ def test_the_command_trains_under_torchrun_and_one_process_talks(shards: Path, t
     assert [row["counts"] for row in read_metrics(tmp_path / "runs" / "two" / "metrics.jsonl")] == [{"loaded": 16}]
     state = checkpoint.find(tmp_path / "runs" / "two") / checkpoint.STATE
     assert len(list(state.iterdir())) == 2
+
+
+def test_a_run_made_from_other_weights_is_refused_and_not_taken_for_this_one(shards: Path, tmp_path: Path) -> None:
+    base, again = tmp_path / "base", tmp_path / "again"
+    train(config(samples=8), shards=shards, out=base, quiet=True)
+    settings = config(samples=8, init=str(base))
+    train(settings, shards=shards, out=again, quiet=True)
+    assert train(settings, shards=shards, out=again, quiet=True)["skipped"]
+    train(config(samples=16), shards=shards, out=base, overwrite=True, quiet=True)
+    with pytest.raises(ResumeRefused, match="weights"):
+        train(settings, shards=shards, out=again, quiet=True)

@@ -207,7 +207,7 @@ def texts_of(about: Mapping[str, Any], queries: str, web_column: str, derived: D
         found = derived[queries](about)
     if found is None:
         columns = [name for name, value in about.items() if isinstance(value, str) and name not in NOT_COLUMNS]
-        known = [HEADLINE, *columns, *extra, *derived]
+        known = dict.fromkeys((HEADLINE, *columns, *extra, *derived))
         raise UserError(f"The shards have no caption column {queries!r}. {did_you_mean(queries, known)}")
     texts = [str(text) for text in (found if isinstance(found, list) else [found])]
     return [text for text in texts if text.strip()]
