@@ -61,6 +61,10 @@ class Interrupted(EndedShort):
     exit_code = 130
 
 
+SHOWN = 20
+"""Most right words that a message lists."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice that ``word`` was most likely meant to be, or ``None`` when nothing is near."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
@@ -68,7 +72,10 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """A sentence to append to a message: the nearest right word, or all of them where none is near."""
+    """A sentence to append to a message: the nearest right word, or the known ones where none is near."""
     known = list(choices)
     near = nearest(word, known)
-    return f"Did you mean {near!r}?" if near else f"Known are: {', '.join(known) or 'none'}."
+    if near:
+        return f"Did you mean {near!r}?"
+    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return f"Known are: {', '.join(known[:SHOWN]) or 'none'}{more}."

@@ -19,7 +19,12 @@ PAGE: Final = "report.html"
 CAPTIONS_FILE, FACTS_FILE = "captions.jsonl", "facts.json"
 THUMBNAIL_PX: Final = 360
 SPLITS: Final = ("heldout", "train")
-_CURVES: Final = (("loss", "Total loss"), ("contrastive_loss", "Contrastive loss"), ("caption_loss", "Captioning loss"))
+_CURVES: Final = (
+    ("loss", "Total loss"), ("contrastive_loss", "Contrastive loss"), ("caption_loss", "Captioning loss"),
+    ("distillation_loss", "Distillation loss"), ("eval_text_to_image_r1", "Held-out text → image R@1"),
+    ("eval_image_to_text_r1", "Held-out image → text R@1"), ("learning_rate", "Learning rate"),
+    ("logit_scale", "Logit scale"), ("grad_norm", "Norm of the gradient"),
+)  # fmt: skip
 _WAYS: Final = (("text_to_image", "Text → image"), ("image_to_text", "Image → text"))
 _WRITERS: Final = (("mllm", "MLLM"), ("clips", "CLIPS captioner"))
 
@@ -114,6 +119,9 @@ def _recalls(value: Any, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]
     """(name, scores) of everything in an eval file that holds recalls."""
     if not isinstance(value, dict):
         return
+    if isinstance(by_queries := value.get("retrieval_by_queries"), dict):  # "retrieval" is the first of them
+        yield from ((f"queries: {queries}", found) for queries, found in by_queries.items())
+        return
     if "text_to_image_r1" in value:
         yield name, value
     for key, inner in value.items():
@@ -136,8 +144,10 @@ def _tiles(counts: dict[str, Any], metrics: list[dict[str, Any]], scores: dict[s
         tiles.append(h.tile(h.number(shards["succeeded"]), f"samples in shards ({sizes})"))
     if metrics:
         tiles.append(h.tile(h.number(metrics[-1].get("samples")), f"samples seen in {metrics[-1].get('step')} steps"))
-    for _, found in _recalls(scores):
-        label = f"text → image R@1, chance {h.percent(found.get('chance_text_to_image_r1', 0))}"
+    recalls = list(_recalls(scores))
+    for name, found in recalls:
+        of = f", {name}" if len(recalls) > 1 else ""
+        label = f"text → image R@1{of}, chance {h.percent(found.get('chance_text_to_image_r1', 0))}"
         tiles.append(h.tile(h.percent(found["text_to_image_r1"]), label))
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
@@ -209,7 +219,7 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
     figures = []
     for key, title in _CURVES:
         points = [(row["samples"], row[key]) for row in metrics if isinstance(row.get(key), int | float)]
-        if points:
+        if any(value for _, value in points):
             figures.append(h.curve(title, points, x_label="samples seen"))
     legend = '<p class="legend">Faint: every logged step. Full: running mean over a fortieth of the steps.</p>'
     return f'<h2>Training</h2>{legend}<div class="curves">{"".join(figures)}</div>'

@@ -325,6 +325,8 @@ class TrainConfig(ModelConfig):
         if sum(view.gate for view in self.views) not in (0, 2):
             raise ValueError("gate compares two views, so that two of them must have it")
         for view in self.views:
+            if view.tokens is not None and view.tokens > self.context_length:
+                raise ValueError(f"a view's tokens {view.tokens} are more than context_length {self.context_length}")
             if self.contrastive == "sigmoid" and (view.count > 1 or view.negatives or view.gate):
                 raise ValueError("contrastive sigmoid takes views without count, negatives and gate")
         return self

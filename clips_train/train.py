@@ -121,6 +121,7 @@ class _Work:
                 self._take_back()
                 raise
             files.enter_context(run)
+            world.on_first(lambda: shutil.rmtree(self._aside, ignore_errors=True))
             stop = files.enter_context(_stop_signals())
             facts = _loop(run, stop)
             self.stopped = world.any(stop.is_set())
@@ -151,25 +152,34 @@ class _Work:
     ) -> None:
         """States in the run's folder what it is made from, and holds the folder against other runs.
 
-        A folder that was begun from something else is refused; with ``overwrite`` it is emptied of its checkpoints and
-        metrics instead.
+        A folder that was begun from something else is refused; with ``overwrite`` what it holds is set aside instead,
+        until the new run stands.
         """
         TextMaker(split, self.config, tokenizer)  # raises for texts that are not there, before the folder is begun
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / BEGUN
         header = {**inputs, **settings}
         if overwrite and path.exists() and json.loads(path.read_text().splitlines()[0]) != header:
-            shutil.rmtree(self.out / checkpoint.CHECKPOINTS, ignore_errors=True)
-            (self.out / METRICS).unlink(missing_ok=True)
-            path.unlink()
+            shutil.rmtree(self._aside, ignore_errors=True)
+            self._aside.mkdir()
+            _move(self.out, self._aside)
         files.callback(Journal(path, header).close)
         ledger.write_json(self.out / CONFIG, self.stated.model_dump(mode="json"))
 
+    @property
+    def _aside(self) -> Path:
+        return ledger.part(self.out / "overwritten")
+
     def _take_back(self) -> None:
-        """Unsays what ``_begin`` stated where nothing was made of it, so that a mended config is not refused."""
-        if self.world.is_first and checkpoint.latest(self.out) is None:
+        """Unsays what ``_begin`` did where nothing came of it: a mended config is not refused, an old run not lost."""
+        if not self.world.is_first:
+            return
+        if checkpoint.latest(self.out) is None:
             (self.out / BEGUN).unlink(missing_ok=True)
             (self.out / CONFIG).unlink(missing_ok=True)
+        if self._aside.is_dir():
+            _move(self._aside, self.out)
+            self._aside.rmdir()
 
     def _commit(self, run: Run, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> None:
         """Marks the stage as finished. From here on it is skipped."""
@@ -177,6 +187,13 @@ class _Work:
         progress = run.progress
         counts = {"steps": progress.step, "samples": progress.samples, **read_metrics(self.out / METRICS)[-1]["counts"]}
         ledger.commit(self.out, UNIT, [CONFIG], inputs=inputs, config=settings, counts=counts)
+
+
+def _move(run: Path, to: Path) -> None:
+    """What belongs to a run that was begun."""
+    for name in (checkpoint.CHECKPOINTS, METRICS, BEGUN, CONFIG):
+        if (run / name).exists():
+            (run / name).replace(to / name)
 
 
 def _loop(run: Run, stop: threading.Event) -> dict[str, float]:

@@ -199,3 +199,18 @@ def test_a_wrong_run_or_an_empty_folder_is_clear(work: Path, tmp_path: Path) -> 
 )
 def test_ticks_are_round_and_enclose(low: float, high: float, expected: list[float]) -> None:
     assert report_html.ticks(low, high) == expected
+
+
+def test_each_set_of_queries_is_named_and_shown_once(work: Path) -> None:
+    def scores(recall: float) -> dict[str, float]:
+        ways = ("text_to_image", "image_to_text")
+        return {f"{way}_r{k}": recall for way in ways for k in (1, 5, 10)} | {"num_images": 8, "num_texts": 40}
+
+    eval_folder = work / "runs" / "default" / "eval"
+    for path in eval_folder.glob("*.json"):
+        path.unlink()
+    found = {"captions": scores(0.25), "dense": scores(0.75)}
+    (eval_folder / "eval.json").write_text(json.dumps({"retrieval": found["captions"], "retrieval_by_queries": found}))
+    page = make(work)
+    assert page.count("queries: captions, images: 8, texts: 40") == page.count("queries: dense, images: 8") == 1
+    assert "text → image R@1, queries: dense" in page

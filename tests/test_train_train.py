@@ -520,3 +520,17 @@ def test_a_run_made_from_other_weights_is_refused_and_not_taken_for_this_one(sha
     train(config(samples=16), shards=shards, out=base, overwrite=True, quiet=True)
     with pytest.raises(ResumeRefused, match="weights"):
         train(settings, shards=shards, out=again, quiet=True)
+
+
+def test_an_overwrite_that_cannot_begin_leaves_the_old_run_as_it_was(shards: Path, tmp_path: Path) -> None:
+    old = config(samples=16)
+    train(old, shards=shards, out=tmp_path, quiet=True)
+    kept = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "begun.jsonl", "config.json")}
+    newest = checkpoint.latest(tmp_path)
+    with pytest.raises(UserError, match="init 'nowhere' does not exist"):
+        train(config(samples=8, init="nowhere"), shards=shards, out=tmp_path, overwrite=True, quiet=True)
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+    assert checkpoint.latest(tmp_path) == newest is not None
+    assert not list(tmp_path.glob("*.part"))
+    train(config(samples=8), shards=shards, out=tmp_path, overwrite=True, quiet=True)
+    assert checkpoint.read_about(checkpoint.find(tmp_path))["samples"] == 8 and not list(tmp_path.glob("*.part"))
