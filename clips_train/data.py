@@ -145,7 +145,7 @@ def kept_patches(num_patches: int, share: float, seed: int, epoch: int, key: str
 
 def _num_patches(config: TrainConfig) -> int:
     """Patches of an image: of our own sizes, or of the open_clip model that ``config.size`` names."""
-    from clips_train.model import SIZES
+    from clips_train.towers import SIZES
 
     if config.size in SIZES:
         patch_px = SIZES[config.size].patch_px

@@ -19,16 +19,9 @@ from torch.nn import functional
 from clips_data.errors import UserError
 from clips_train import weights
 from clips_train.config import TrainConfig
-from clips_train.model import (
-    MEAN_RGB,
-    SIZES,
-    STD_RGB,
-    VOCAB_SIZES,
-    ClipsModel,
-    named_sizes,
-    sincos_positions,
-    tower_config,
-)
+from clips_train.model import ClipsModel, sincos_positions
+from clips_train.towers import SIZES, VOCAB_SIZES, named_sizes, tower_config
+from clips_train.transforms import IMAGE_MEAN, IMAGE_STD
 from clips_train.weights import Weights
 
 IMAGE_POSITIONS, TEXT_POSITIONS = "towers.visual.positional_embedding", "towers.positional_embedding"
@@ -270,7 +263,7 @@ def _differences_in_use(found: Weights, config: TrainConfig) -> list[str]:
             for name, there, here in pairs
             if there != here
         ]
-    for name, here in (("mean", MEAN_RGB), ("std", STD_RGB)):
+    for name, here in (("mean", IMAGE_MEAN), ("std", IMAGE_STD)):
         there = tuple(found.preprocessing.get(name) or here)
         if there != here:
             lines.append(f"note: images had {name} {there} for the weights, and have {here} here")

@@ -24,7 +24,7 @@ from clips_data import ledger
 from clips_data.errors import UserError, did_you_mean
 from clips_train import checkpoint
 from clips_train.config import TrainConfig
-from clips_train.model import tower_config
+from clips_train.towers import tower_config
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 OPEN_CLIP_CONFIG = "open_clip_config.json"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from clips_train import model, tokenizer
+from clips_train import tokenizer, towers
 from clips_train.tokenizer import Tokenizer
 
 
@@ -29,7 +29,7 @@ TOKENIZER = Tokenizer(Bytes())
 
 def install(patch: pytest.MonkeyPatch) -> None:
     """From now on ``bpe`` means these bytes: models shrink from 13 million parameters to one, and so do checkpoints."""
-    patch.setitem(model.VOCAB_SIZES, "bpe", Bytes.vocab_size)
+    patch.setitem(towers.VOCAB_SIZES, "bpe", Bytes.vocab_size)
     patch.setattr(tokenizer, "_BytePairs", Bytes)
 
 

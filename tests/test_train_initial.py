@@ -17,7 +17,8 @@ from clips_data.schema import SCHEMA_VERSION
 from clips_train import checkpoint, export
 from clips_train.config import TrainConfig
 from clips_train.initial import start_from
-from clips_train.model import ClipsModel, build_model, open_clip_config, sincos_positions
+from clips_train.model import ClipsModel, build_model, sincos_positions
+from clips_train.towers import open_clip_config
 
 CONFIG = TrainConfig(size="tiny", image_px=48, context_length=16, target_length=8, pos_embed="learned")
 

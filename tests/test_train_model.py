@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from clips_data.errors import UserError
 from clips_train import model as model_room
+from clips_train import transforms
 from clips_train.blocks import Block
 from clips_train.config import ModelConfig
 from clips_train.decoder import CaptionDecoder
 from clips_train.losses import caption_loss, clips_contrastive_loss
-from clips_train.model import SIZES, ClipsModel, build_model, open_clip_config, sincos_positions, tower_config
+from clips_train.model import ClipsModel, build_model, sincos_positions
 from clips_train.texts import trim
 from clips_train.tokenizer import build_tokenizer
+from clips_train.towers import SIZES, open_clip_config, tower_config
 
 SMALL = ModelConfig(size="tiny", image_px=48, target_length=8)
 TEXTS = ["a red circle left of a blue square", "", "Wow! It's &amp; more", "many words " * 60]
@@ -170,8 +172,8 @@ def test_stock_open_clip_loads_the_config_and_gives_the_same_features_and_ids(
     steps = {type(step).__name__: step for step in preprocess.transforms}
     assert steps["Resize"].size == (48, 48)  # both sides: squashed, not cropped
     assert steps["Resize"].interpolation.value == "bilinear"
-    assert tuple(steps["Normalize"].mean) == model_room.MEAN_RGB
-    assert tuple(steps["Normalize"].std) == model_room.STD_RGB
+    assert tuple(steps["Normalize"].mean) == transforms.IMAGE_MEAN
+    assert tuple(steps["Normalize"].std) == transforms.IMAGE_STD
 
 
 NARROW = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}

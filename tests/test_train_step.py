@@ -11,8 +11,8 @@ import torch
 from bytemaker import TOKENIZER, Bytes
 from torch import Tensor
 
-from clips_train import model, step
 from clips_train import parts as parts_module
+from clips_train import step, towers
 from clips_train.batch import Batch, collate
 from clips_train.config import TrainConfig
 from clips_train.distributed import World
@@ -57,7 +57,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def small_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(model.VOCAB_SIZES, "bpe", Bytes.vocab_size)
+    monkeypatch.setitem(towers.VOCAB_SIZES, "bpe", Bytes.vocab_size)
 
 
 def config(kind: str = "clips", **change: Any) -> TrainConfig:

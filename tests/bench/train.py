@@ -43,9 +43,10 @@ from clips_train.config import TrainConfig
 from clips_train.distributed import World
 from clips_train.flops import peak_tflops
 from clips_train.losses import caption_loss
-from clips_train.model import VOCAB_SIZES, build_model, open_clip_config, sizes_of
+from clips_train.model import build_model
 from clips_train.optim import build_optimizer
 from clips_train.tokenizer import Tokenizer, build_tokenizer
+from clips_train.towers import VOCAB_SIZES, open_clip_config, sizes_of
 
 RATE, WEIGHT_DECAY, BETAS = 1e-4, 0.2, (0.9, 0.95)
 CAPTION_WEIGHT = 2.0
