@@ -20,7 +20,7 @@ import pytest
 from clips_data import ledger, tars
 from clips_data.demo import web
 
-NUM_URLS, SHARD_ROWS, NUM_KILLS, NUM_FOLDERS = 168, 12, 20, 4
+NUM_URLS, SHARD_ROWS, KILLS_PER_FOLDER = 168, 12, 5
 WAIT_S = 0.08
 
 
@@ -70,33 +70,41 @@ def content(work: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], float]:
+def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     work = tmp_path_factory.mktemp("undisturbed")
-    started = time.monotonic()
     process = start(source, work)
     _, said = process.communicate()
     assert process.returncode == 0, said
-    return content(work), time.monotonic() - started
+    return content(work)
+
+
+def kill_when(num_finished: int, source: Path, work: Path, chance: random.Random) -> None:
+    """Kills a run some moments after so many of its shards are finished."""
+    process = start(source, work)
+    while len(list((work / "pairs").glob("*.done.json"))) < num_finished and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(chance.uniform(0, 0.3))
+    if chance.random() < 0.5 and process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)  # the machine's end: all processes at once
+    else:
+        process.kill()  # only the parent: its workers must notice
+    process.communicate()
 
 
 @pytest.mark.timeout(600)
-def test_twenty_kills_leave_rows_and_bytes_of_an_undisturbed_run(
-    source: Path, undisturbed: tuple[dict[str, str], float], tmp_path: Path
+@pytest.mark.parametrize("num_folders", [1, pytest.param(4, marks=pytest.mark.long)])
+def test_many_kills_leave_rows_and_bytes_of_an_undisturbed_run(
+    source: Path, undisturbed: dict[str, str], tmp_path: Path, num_folders: int
 ) -> None:
-    wanted, whole_s = undisturbed
-    assert len(wanted) == 2 * NUM_URLS // SHARD_ROWS
+    wanted = undisturbed
+    num_shards = NUM_URLS // SHARD_ROWS
+    assert len(wanted) == 2 * num_shards
     chance = random.Random(0)
     unfinished = 0
-    for folder in range(NUM_FOLDERS):
+    for folder in range(num_folders):
         work = tmp_path / str(folder)
-        for _ in range(NUM_KILLS // NUM_FOLDERS):
-            process = start(source, work)
-            time.sleep(chance.uniform(0.1, 0.9) * whole_s)
-            if chance.random() < 0.5 and process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # the machine's end: all processes at once
-            else:
-                process.kill()  # only the parent: its workers must notice
-            process.communicate()
+        for turn in range(KILLS_PER_FOLDER):
+            kill_when(num_shards * turn // KILLS_PER_FOLDER + chance.randrange(3), source, work, chance)
             found = content(work)
             unfinished += found != wanted
             assert found.items() <= wanted.items(), "a file under its final name is whole"
@@ -108,7 +116,7 @@ def test_twenty_kills_leave_rows_and_bytes_of_an_undisturbed_run(
         assert len(table) == NUM_URLS
         keys = [sample.key for path in sorted((work / "pairs").glob("*.tar")) for sample in tars.read_samples(path)]
         assert keys == table.filter(pl.col("code") == "ok")["key"].to_list()
-    assert unfinished >= NUM_FOLDERS, "kills that come after the end show nothing"
+    assert unfinished >= 3 * num_folders, "kills that come after the end show nothing"
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(source: Path, tmp_path: Path) -> None:

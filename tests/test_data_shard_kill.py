@@ -17,7 +17,7 @@ import pytest
 from clips_data import ledger
 from clips_data.verify import verify
 
-NUM_KILLS, NUM_FOLDERS = 20, 2
+NUM_FOLDERS = 2
 NUM_SHARDS, PAIRS_ROWS, SHARD_ROWS = 3, 20, 1
 NUM_TARS = NUM_SHARDS * (PAIRS_ROWS - 1)
 PATIENCE_S = 120.0
@@ -62,9 +62,9 @@ def kill_when(work: Path, num_finished: int, chance: random.Random) -> bool:
     return was_at_work
 
 
-def killed(work: Path, wanted: dict[str, str], seed: int) -> int:
+def killed(work: Path, wanted: dict[str, str], seed: int, num_kills: int) -> int:
     """Kills runs in ``work`` until its share is done, and lets the last one end; how many kills met one at work."""
-    chance, num_kills, num_hit = random.Random(seed), NUM_KILLS // NUM_FOLDERS, 0
+    chance, num_hit = random.Random(seed), 0
     for turn in range(num_kills):
         num_hit += kill_when(work, NUM_TARS * turn // num_kills + chance.randrange(3), chance)
         found, finished = content(work), ledger.finished_units(work / "shards")
@@ -79,10 +79,13 @@ def killed(work: Path, wanted: dict[str, str], seed: int) -> int:
 
 
 @pytest.mark.timeout(600)
-def test_twenty_kills_leave_the_bytes_of_an_undisturbed_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_kills", [8, pytest.param(20, marks=pytest.mark.long)])
+def test_many_kills_leave_the_bytes_of_an_undisturbed_run(tmp_path: Path, num_kills: int) -> None:
     works = [pairsmaker.write_work(tmp_path / str(n), num_shards=NUM_SHARDS, shard_rows=PAIRS_ROWS) for n in range(3)]
     wanted = finish(works[0])
     assert len(ledger.finished_units(works[0] / "shards")) == NUM_TARS and "index.json" in wanted
     with ThreadPoolExecutor(NUM_FOLDERS) as side_by_side:
-        hits = list(side_by_side.map(lambda n: killed(works[n], wanted, n), range(1, 1 + NUM_FOLDERS)))
-    assert sum(hits) >= NUM_KILLS * 3 // 4, "kills that come after the end show nothing"
+        hits = list(
+            side_by_side.map(lambda n: killed(works[n], wanted, n, num_kills // NUM_FOLDERS), range(1, 1 + NUM_FOLDERS))
+        )
+    assert sum(hits) >= num_kills * 3 // 4, "kills that come after the end show nothing"
