@@ -242,7 +242,7 @@ STAGES: Final[dict[str, Stage]] = {
         ),
         Stage(
             "embed",
-            "clips_train.config:EmbedConfig",
+            "clips_train.use_config:EmbedConfig",
             "clips_train.embed:embed",
             folder=lambda config, run: f"embeddings/{config.name}",
             reads=lambda config, run: [
@@ -269,7 +269,7 @@ STAGES: Final[dict[str, Stage]] = {
         ),
         Stage(
             "eval",
-            "clips_train.config:EvalConfig",
+            "clips_train.use_config:EvalConfig",
             "clips_train.evals.run:evaluate",
             folder=lambda config, run: f"runs/{run}/eval",
             reads=lambda config, run: ["shards", f"runs/{run}"],
@@ -281,7 +281,7 @@ STAGES: Final[dict[str, Stage]] = {
         ),
         Stage(
             "export",
-            "clips_train.config:ExportConfig",
+            "clips_train.use_config:ExportConfig",
             "clips_train.export:export",
             folder=lambda config, run: f"runs/{run}/export",
             reads=lambda config, run: ["shards", f"runs/{run}"],

@@ -24,12 +24,12 @@ from tqdm import tqdm
 from clips_data import ledger
 from clips_data.errors import UserError, did_you_mean
 from clips_data.schema import SCHEMA_VERSION, SHARDS
-from clips_train import features, teacher_models
-from clips_train.config import EmbedConfig
+from clips_train import encoders, features
 from clips_train.embed_load import Chunk, Loader, Task, loaded
+from clips_train.encoders import Encoder
 from clips_train.features import IMAGE, TEXT, THERE, FeatureWriter
 from clips_train.shards import ShardReader, Split, open_split
-from clips_train.teacher_models import TeacherModel
+from clips_train.use_config import EmbedConfig
 
 IN_CONFIG = {"columns", "num_augmentations", "augment", "seed", "precision"}
 """What makes other features, beside the teachers themselves."""
@@ -71,7 +71,7 @@ def embed(
     """
     split = open_split(shards, config.split)
     _check_columns(config, split)
-    teachers = teacher_models.find(config, runs)
+    teachers = encoders.find(config.model, config.pretrained, runs)
     about = {**config.model_dump(mode="json", include=IN_CONFIG), "teachers": [named.digest for named in teachers]}
     inputs_of = _inputs(split)
     units = [unit for unit in inputs_of if only is None or unit in only][part[0] :: part[1]]
@@ -85,7 +85,9 @@ def embed(
     with ledger.readable_disk_errors(out):
         if missing:
             out.mkdir(parents=True, exist_ok=True)
-            work = _Work(split, config, [teacher_models.load(named, config) for named in teachers], out)
+            work = _Work(
+                split, config, [encoders.load(named, config.device, config.precision) for named in teachers], out
+            )
             started = time.monotonic()
             for counts in work.do(missing, asked, about, quiet=quiet):
                 done.made += 1
@@ -140,7 +142,7 @@ def _within(limit: int | None, units: Sequence[str], split: Split) -> list[str]:
 class _Work:
     """Embeds shard after shard into files of their own."""
 
-    def __init__(self, split: Split, config: EmbedConfig, teachers: Sequence[TeacherModel], out: Path) -> None:
+    def __init__(self, split: Split, config: EmbedConfig, teachers: Sequence[Encoder], out: Path) -> None:
         self._split, self._config, self._teachers, self._out = split, config, teachers, out
         self._dtype = features.TYPES[config.precision]
         self._width = sum(teacher.width for teacher in teachers)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clips_train import transforms
-from clips_train.config import EmbedConfig
 from clips_train.shards import ShardError, ShardReader, Split
+from clips_train.use_config import EmbedConfig
 
 LOADER_THREADS = 2
 CHUNKS_AHEAD = 4

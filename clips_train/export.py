@@ -21,9 +21,10 @@ from clips_data import ledger
 from clips_data.errors import ResumeRefused, UserError
 from clips_data.schema import SCHEMA_VERSION
 from clips_train import checkpoint, shards, transforms
-from clips_train.config import ExportConfig, ModelConfig
+from clips_train.config import ModelConfig
 from clips_train.generate import Trained, load_trained
 from clips_train.towers import open_clip_config, sizes_of
+from clips_train.use_config import ExportConfig
 
 FOLDER = "export"
 MODEL, MODEL_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from clips_train import distributed, parts, shards
 from clips_train.batch import Batch
-from clips_train.config import EvalConfig, TrainConfig
+from clips_train.config import TrainConfig
 from clips_train.evals import run as evals
 from clips_train.evals.retrieval import retrieval_scores
 from clips_train.generate import Trained
 from clips_train.model import build_model
 from clips_train.objective import gathered
 from clips_train.tokenizer import Tokenizer
+from clips_train.use_config import EvalConfig
 
 SPLIT = "heldout"
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from clips_train import teacher_models
-from clips_train.config import EmbedConfig
+from clips_train import encoders
 from clips_train.embed import Embedded, embed
+from clips_train.use_config import EmbedConfig
 
 NAME = "fake"
 
@@ -31,8 +31,8 @@ class FakeTeacher:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_models, "find", lambda *given: [argparse.Namespace(digest=NAME)])
-    monkeypatch.setattr(teacher_models, "load", lambda *given: FakeTeacher())
+    monkeypatch.setattr(encoders, "find", lambda *given: [argparse.Namespace(digest=NAME)])
+    monkeypatch.setattr(encoders, "load", lambda *given: FakeTeacher())
 
 
 def store(work: Path, out: Path | None = None, **given: Any) -> Embedded:

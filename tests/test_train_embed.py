@@ -26,13 +26,14 @@ from cli.main import main
 from clips_data import ledger
 from clips_data.errors import ResumeRefused, UserError
 from clips_train import features, generate, shards, transforms
-from clips_train.config import EmbedConfig, TrainConfig
+from clips_train.config import TrainConfig
 from clips_train.embed import Embedded, embed
 from clips_train.losses import distillation_loss
 from clips_train.model import build_model
 from clips_train.teacher import NoFeatures, Teacher
 from clips_train.tokenizer import build_tokenizer
 from clips_train.train import train
+from clips_train.use_config import EmbedConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 VIEWS = ("web", {"from": "synthetic", "reduce": "truncate"})
@@ -301,7 +302,7 @@ def test_a_kill_at_any_commit_leaves_what_the_next_run_completes_to_the_same_byt
         "import os, sys\n"
         "from pathlib import Path\n"
         "from clips_data import ledger\n"
-        "from clips_train.config import EmbedConfig\n"
+        "from clips_train.use_config import EmbedConfig\n"
         "from clips_train.embed import embed\n"
         "commit = ledger.commit\n"
         "def killed(folder, unit, *given, **named):\n"

@@ -14,12 +14,13 @@ from torch.nn import functional
 
 from clips_data.errors import ResumeRefused, UserError
 from clips_train import shards as shard_files
-from clips_train.config import EvalConfig, TrainConfig
+from clips_train.config import TrainConfig
 from clips_train.evals import retrieval
 from clips_train.evals.retrieval import chance_image_to_text, image_to_text_ranks, retrieval_scores, text_to_image_ranks
 from clips_train.evals.run import evaluate, retrieval_by_queries
 from clips_train.generate import load_trained
 from clips_train.train import train
+from clips_train.use_config import EvalConfig
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from clips_data.errors import ResumeRefused, UserError
 from clips_train import export as export_module
-from clips_train.config import ExportConfig, TrainConfig
+from clips_train.config import TrainConfig
 from clips_train.export import export
 from clips_train.generate import load_trained
 from clips_train.train import train
 from clips_train.transforms import squash
+from clips_train.use_config import ExportConfig
 
 BERT_VOCAB = Path(__file__).parents[2] / "shared" / "golden" / "bert-vocab.txt"
 

@@ -19,9 +19,9 @@ from clips_data.errors import UserError, did_you_mean
 from clips_data.schema import SCHEMA_VERSION
 from clips_train import checkpoint, shards, transforms
 from clips_train import generate as generation
-from clips_train.config import EvalConfig
 from clips_train.evals.retrieval import retrieval_scores
 from clips_train.generate import Trained
+from clips_train.use_config import EvalConfig
 
 FOLDER, UNIT = "eval", "eval"
 SCORES, CAPTIONS = "eval.json", "captions.jsonl"

@@ -1,4 +1,7 @@
-"""The models that teach: found by name, told apart by digest, and asked for unit features of pixels and texts.
+"""Any CLIP-like model: found by name, told apart by digest, and asked for unit features of images and texts.
+
+Our runs and exports, open_clip's names, hubs and folders are all the same to who asks: teachers of ``clips embed``, the
+models that ``clips eval`` compares and those that ``clips search`` looks with.
 
 Shape suffixes: N images or texts, C channels, H and W pixels, L text slots, E embedding.
 """
@@ -6,6 +9,7 @@ Shape suffixes: N images or texts, C channels, H and W pixels, L text slots, E e
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.resources
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,16 +17,18 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional
 
 from clips_data import ledger
 from clips_data.errors import UserError, did_you_mean
-from clips_train import checkpoint, generate, transforms
-from clips_train.config import EmbedConfig
+from clips_train import checkpoint, generate, text_tokenizers, transforms
 from clips_train.device import pick_device
+from clips_train.generate import Trained
 
 DEMO: Final = "demo"
+Precision = Literal["bf16", "fp16", "fp32"]
 LOCAL, RUN, HUB = "local-dir:", "run:", "hf-hub:"
 OPEN_CLIP_CONFIG: Final = "open_clip_config.json"
 _SUFFIXES: Final = (".json", ".safetensors", ".bin", ".pt", ".txt")
@@ -33,7 +39,7 @@ _HOW_TO_NAME: Final = (
 
 @dataclass(frozen=True)
 class Named:
-    """A teacher that is to be loaded."""
+    """A model that is to be loaded."""
 
     name: str
     """As the user gave it."""
@@ -45,10 +51,13 @@ class Named:
     """Of the weights, where they are files here; else the name."""
 
 
-def find(config: EmbedConfig, runs: Path) -> list[Named]:
-    """The teachers of a config, not loaded yet. Raises ``UserError`` for names that mean nothing here."""
-    tags = list(config.pretrained)
-    found = [_find(name, tags, runs) for name in config.model]
+def find(names: Sequence[str], pretrained: Sequence[str], runs: Path) -> list[Named]:
+    """The models of these names, not loaded yet; open_clip names without a tag take theirs from ``pretrained`` in turn.
+
+    Raises ``UserError`` for names that mean nothing here.
+    """
+    tags = list(pretrained)
+    found = [_find(name, tags, runs) for name in names]
     if tags:
         raise UserError(f"--pretrained {tags[0]} belongs to no --model: every open_clip name has its tag already.")
     return found
@@ -106,23 +115,62 @@ def _pretrained(name: str, tags: list[str]) -> Named:
 
 
 @dataclass(frozen=True)
-class TeacherModel:
-    """A loaded teacher."""
+class Preprocessing:
+    """How a picture becomes the pixels of a model. The fields are open_clip's ``preprocess_cfg``."""
+
+    size: int
+    resize_mode: Literal["squash", "shortest", "longest"]
+    interpolation: Literal["bilinear", "bicubic"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fill_color: int = 0
+
+    def resized(self, resize: Literal["auto", "squash", "crop"]) -> Preprocessing:
+        """With another way to make a picture square; ``auto`` keeps the model's."""
+        if resize == "auto":
+            return self
+        return dataclasses.replace(self, resize_mode="squash" if resize == "squash" else "shortest")
+
+    def transform(self) -> Callable[[Image], Tensor]:
+        """RGB picture → float32 [C, H, W], normalised: open_clip's own transform for evaluation."""
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        transform: Callable[[Image], Tensor] = image_transform_v2(PreprocessCfg(**self.about), is_train=False)
+        return transform
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """For result files."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A loaded model."""
 
     named: Named
-    image_px: int
+    preprocessing: Preprocessing
+    tokenizer: str
+    """Name of what makes its ids, for result files."""
+    context_length: int
     width: int
     """Of its features."""
     logit_scale: float
     """What its similarities are multiplied with before a softmax."""
+    trained: Trained | None
+    """The checkpoint, where the model is a run of ours: its captioner is there."""
+    device: torch.device
     _encode_image: Callable[[Tensor], Tensor]
     _encode_text: Callable[[Sequence[str]], Tensor]
-    _device: torch.device
     _arithmetic: torch.dtype
 
     @property
+    def image_px(self) -> int:
+        return self.preprocessing.size
+
+    @property
     def about(self) -> dict[str, Any]:
-        """For ``index.json``."""
+        """For ``index.json`` and result files."""
         named = self.named
         return {
             "model": named.name if named.tag is None else f"{named.source}:{named.tag}",
@@ -133,13 +181,21 @@ class TeacherModel:
         }
 
     def image_features(self, pixels_NCHW: Tensor) -> Tensor:
-        """Unit features float32 [N, E] of uint8 pixels of ``image_px`` on each side."""
+        """Unit features float32 [N, E] of pixels of ``image_px`` on each side: uint8, or float32 as ``preprocessing``
+        makes them."""
+        pixels_NCHW = pixels_NCHW.to(self.device, non_blocking=True)
+        if not pixels_NCHW.is_floating_point():
+            mean, std = (
+                torch.tensor(values, device=self.device).view(3, 1, 1)
+                for values in (self.preprocessing.mean, self.preprocessing.std)
+            )
+            pixels_NCHW = (pixels_NCHW.float() / 255 - mean) / std
         with self._inference():
-            image_NE = self._encode_image(pixels_NCHW.to(self._device, non_blocking=True))
+            image_NE = self._encode_image(pixels_NCHW)
         return functional.normalize(image_NE.float(), dim=-1)
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
-        """Unit features float32 [N, E]; over-long texts are cut at the teacher's own length."""
+        """Unit features float32 [N, E]; over-long texts are cut at the model's own length."""
         with self._inference():
             text_NE = self._encode_text(captions)
         return functional.normalize(text_NE.float(), dim=-1)
@@ -147,22 +203,27 @@ class TeacherModel:
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
         in_full = self._arithmetic == torch.float32
-        autocast = contextlib.nullcontext() if in_full else torch.autocast(self._device.type, self._arithmetic)
+        autocast = contextlib.nullcontext() if in_full else torch.autocast(self.device.type, self._arithmetic)
         with torch.inference_mode(), autocast:
             yield
 
 
-def load(named: Named, config: EmbedConfig) -> TeacherModel:
-    """Raises ``UserError`` where the model cannot be loaded, or wants images that are not square."""
-    device = pick_device(config.device)
-    arithmetic = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision]
-    if config.precision == "fp16" and device.type == "cpu":
+def load(named: Named, device: str, precision: Precision, *, bert_vocab: str | None = None) -> Encoder:
+    """``bert_vocab`` is BERT-base-uncased's ``vocab.txt``, for CLIPS towers whose folder has no tokenizer of its own.
+
+    Raises ``UserError`` where the model cannot be loaded, wants images that are not square, or has a CLIPS text tower
+    without its tokenizer.
+    """
+    where = pick_device(device)
+    arithmetic = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    if precision == "fp16" and where.type == "cpu":
         arithmetic = torch.float32
-    make = _load_run if named.kind == "run" else _load_open_clip
-    return make(named, device, arithmetic)
+    if named.kind == "run":
+        return _load_run(named, where, arithmetic)
+    return _load_open_clip(named, where, arithmetic, bert_vocab)
 
 
-def _load_run(named: Named, device: torch.device, arithmetic: torch.dtype) -> TeacherModel:
+def _load_run(named: Named, device: torch.device, arithmetic: torch.dtype) -> Encoder:
     """A checkpoint of ``clips train``."""
     trained = generate.load_trained(Path(named.source), str(device))
     model, config = trained.model, trained.config
@@ -170,24 +231,30 @@ def _load_run(named: Named, device: torch.device, arithmetic: torch.dtype) -> Te
     def encode_text(captions: Sequence[str]) -> Tensor:
         return trained.encode_texts(captions)[0]
 
-    return TeacherModel(
+    preprocessing = Preprocessing(
+        config.image_px, transforms.RESIZE_MODE, transforms.INTERPOLATION, transforms.IMAGE_MEAN, transforms.IMAGE_STD
+    )
+    return Encoder(
         named,
-        config.image_px,
-        _width(encode_text),
-        float(model.logit_scale.detach().exp()),
-        lambda pixels_NCHW: model.encode_image(transforms.normalise(pixels_NCHW))[0],
-        encode_text,
-        device,
-        arithmetic,
+        preprocessing,
+        tokenizer={"bpe": "clip", "bert": "clips"}[config.tokenizer],
+        context_length=config.context_length,
+        width=_width(encode_text),
+        logit_scale=float(model.logit_scale.detach().exp()),
+        trained=trained,
+        device=device,
+        _encode_image=lambda pixels_NCHW: model.encode_image(pixels_NCHW)[0],
+        _encode_text=encode_text,
+        _arithmetic=arithmetic,
     )
 
 
-def _load_open_clip(named: Named, device: torch.device, arithmetic: torch.dtype) -> TeacherModel:
+def _load_open_clip(named: Named, device: torch.device, arithmetic: torch.dtype, bert_vocab: str | None) -> Encoder:
     import open_clip
 
     try:
         model, _ = open_clip.create_model_from_pretrained(named.source, pretrained=named.tag, device=device)
-        tokenize = open_clip.get_tokenizer(named.source)
+        tokenizer = text_tokenizers.of_open_clip(named.source, bert_vocab)
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -198,23 +265,35 @@ def _load_open_clip(named: Named, device: torch.device, arithmetic: torch.dtype)
     size = about["size"]
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
-        raise UserError(f"--model {named.name} wants images of {height} x {width} px; only square ones are augmented.")
-    mean, std = (torch.tensor(about[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
+        raise UserError(f"--model {named.name} wants images of {height} x {width} px; only square ones are made.")
 
     def encode_text(captions: Sequence[str]) -> Tensor:
-        features: Tensor = model.encode_text(tokenize(list(captions)).to(device))
+        features: Tensor = model.encode_text(tokenizer.ids(list(captions)).to(device))
         return features
 
-    def encode_image(pixels_NCHW: Tensor) -> Tensor:
-        features: Tensor = model.encode_image((pixels_NCHW.float() / 255 - mean) / std)
-        return features
-
-    embed_dim = _width(encode_text)
-    scale = float(model.logit_scale.detach().exp())
-    return TeacherModel(named, height, embed_dim, scale, encode_image, encode_text, device, arithmetic)
+    return Encoder(
+        named,
+        Preprocessing(
+            height,
+            about.get("resize_mode") or "shortest",
+            about.get("interpolation") or "bicubic",
+            tuple(about["mean"]),
+            tuple(about["std"]),
+            about.get("fill_color") or 0,
+        ),
+        tokenizer=tokenizer.name,
+        context_length=tokenizer.context_length,
+        width=_width(encode_text),
+        logit_scale=float(model.logit_scale.detach().exp()),
+        trained=None,
+        device=device,
+        _encode_image=model.encode_image,
+        _encode_text=encode_text,
+        _arithmetic=arithmetic,
+    )
 
 
 def _width(encode_text: Callable[[Sequence[str]], Tensor]) -> int:
-    """Of a teacher's features, found by asking for some."""
+    """Of a model's features, found by asking for some."""
     with torch.inference_mode():
         return int(encode_text([""]).shape[-1])
