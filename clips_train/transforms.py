@@ -16,7 +16,7 @@ import io
 import math
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ T = TypeVar("T")
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-INTERPOLATION = "bilinear"
-RESIZE_MODE = "squash"
+INTERPOLATION: Final = "bilinear"
+RESIZE_MODE: Final = "squash"
 
 MAX_IMAGE_PIXELS = 100_000_000
 SHRINK_FACTOR = 2
