@@ -63,12 +63,16 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sinks(names: Sequence[str], folder: Path, config: Mapping[str, Any], *, last_step: int) -> list[Sink]:
-    """What ``log_to`` names, for a run in ``folder``. Raises ``UserError`` for a package that is missing."""
-    kinds: dict[str, Callable[..., Sink]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+def check_packages(names: Sequence[str]) -> None:
+    """Raises ``UserError`` for a package of ``log_to`` that is missing; asked before a model is built."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"log_to {name} needs the package {name}, which is not installed. {INSTALL_LINES[name]}")
+
+
+def open_sinks(names: Sequence[str], folder: Path, config: Mapping[str, Any], *, last_step: int) -> list[Sink]:
+    """What ``log_to`` names, for a run in ``folder``."""
+    kinds: dict[str, Callable[..., Sink]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
     return [kinds[name](folder, config, last_step) for name in names]
 
 

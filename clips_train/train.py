@@ -21,7 +21,7 @@ from clips_data.journal import Journal
 from clips_train import checkpoint, distributed, features, foreign, shards, sources, weights
 from clips_train.config import TrainConfig
 from clips_train.distributed import World
-from clips_train.metrics import read_metrics
+from clips_train.metrics import check_packages, read_metrics
 from clips_train.run import EMBEDDINGS, METRICS, Run
 from clips_train.stages import stages_of
 from clips_train.texts import TextMaker
@@ -60,6 +60,11 @@ def train(
     Raises ``ResumeRefused`` when ``out`` was trained with another config or other data, ``Interrupted`` after SIGTERM
     or SIGINT, ``UserError`` when the loss is no longer finite, memory or disk is full.
     """
+    if config.views and config.contrastive_weight == 0:
+        raise UserError(
+            "contrastive_weight 0 trains no view: weight decay alone would shrink the text tower. Set views to none, "
+            "or give the contrastive loss a weight."
+        )
     stages = stages_of(config)
     with distributed.started(config.device) as world:
         for stage in stages:
@@ -112,6 +117,8 @@ class _Work:
         if world.on_first(lambda: ledger.is_done(self.out, UNIT, inputs=inputs, config=settings, overwrite=overwrite)):
             return world.on_first(lambda: _summary(self.out, skipped=True))
         with contextlib.ExitStack() as files:
+            stop = files.enter_context(_stop_signals())  # a signal during the set-up stops after the first step
+            check_packages(self.config.log_to)
             tokenizer = build_tokenizer(self.config.tokenizer, self.config.bert_vocab)
             world.on_first(lambda: self._begin(split, tokenizer, inputs, settings, files, overwrite=overwrite))
             try:
@@ -122,7 +129,6 @@ class _Work:
                 raise
             files.enter_context(run)
             world.on_first(lambda: shutil.rmtree(self._aside, ignore_errors=True))
-            stop = files.enter_context(_stop_signals())
             facts = _loop(run, stop)
             self.stopped = world.any(stop.is_set())
             world.on_first(lambda: self._commit(run, inputs, settings))

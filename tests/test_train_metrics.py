@@ -42,12 +42,10 @@ def test_the_numbers_of_a_row_are_told_by_name_and_the_rest_is_left_out() -> Non
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_package_is_named_with_its_install_line(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_named_with_its_install_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"log_to {name} needs .* pip install {name}"):
-        metrics.open_sinks([name], tmp_path, {}, last_step=0)
+        metrics.check_packages([name])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb")

@@ -161,6 +161,19 @@ def test_sigterm_is_a_clean_stop_from_which_the_run_continues_exactly(
     assert same(final_state(tmp_path), final_state(undisturbed))
 
 
+def test_sigterm_during_the_set_up_stops_after_the_first_step(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*given: Any, **named: Any) -> Run:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Run(*given, **named)
+
+    monkeypatch.setattr(train_module, "Run", build)
+    with pytest.raises(Interrupted, match="after step 1 of 6"):
+        train(config(), shards=shards, out=tmp_path, quiet=True)
+    assert checkpoint.find(tmp_path).name == "step-00000001"
+
+
 def test_a_stopped_run_of_another_config_is_refused_and_overwrite_starts_afresh(shards: Path, tmp_path: Path) -> None:
     stop_after(2, config(), shards, tmp_path)
     with pytest.raises(ResumeRefused, match="seed"):
@@ -479,6 +492,12 @@ def test_a_stage_that_makes_no_sense_is_refused_in_a_sentence(line: str, message
 def test_a_captioner_that_nothing_would_train_is_refused() -> None:
     with pytest.raises(ValueError, match="caption_weight 0 trains no captioner; set decoder to none"):
         config(caption_weight=0)
+
+
+def test_views_that_nothing_would_train_are_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="contrastive_weight 0 trains no view"):
+        train(config(contrastive_weight=0), shards=shards, out=tmp_path, quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_manifest_may_write_a_stage_as_a_mapping() -> None:
