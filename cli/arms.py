@@ -12,7 +12,7 @@ import click
 
 from . import present
 from .results import Results, row_of, table
-from .stages import STAGES
+from .stages import stage_named
 
 if TYPE_CHECKING:
     from clips_data.executor import Job
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def own_stages(self) -> list[str]:
-        return [stage for stage in self.manifest.stages if STAGES[stage].of_run]
+        return [stage for stage in self.manifest.stages if stage_named(stage).of_run]
 
 
 def options() -> list[click.Parameter]:
@@ -85,7 +85,7 @@ def runs_of(manifest: Manifest) -> list[Run]:
                 if stage not in ONLY_READ:
                     told = own.saved(stage, defaults=False)
                     settings[stage] = {key: value for key, value in told.items() if key != "name"}
-                    files = STAGES[stage].watches(config)
+                    files = stage_named(stage).watches(config)
                     settings |= {f"{stage}.{key}": digest_watched(path) for key, path in files.items()}
             runs.append(Run(arm, seed, own, settings, digest_json(settings)))
     return runs

@@ -1,6 +1,5 @@
-"""What the truth of the demo world adds to ``clips eval``: dense queries, and how many facts our captioner gets right.
-
-It is shown beside the MLLM whose captions it learned from.
+"""What the truth of the demo world adds to ``clips eval``: dense queries, classes for zero-shot classification, and how
+many facts our captioner gets right, beside the MLLM whose captions it learned from.
 """
 
 from __future__ import annotations
@@ -8,11 +7,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import present
 
+if TYPE_CHECKING:
+    from clips_train.evals.items import DataSet
+    from clips_train.use_config import Benchmark
+
 CAPTIONS, FACTS = "captions.jsonl", "facts.json"
+ATTRIBUTE = "demo-"
+"""How the names of benchmarks begin that ask for an attribute of the demo's scenes."""
 
 
 def dense_texts(about: Mapping[str, Any]) -> list[str] | None:
@@ -21,6 +26,32 @@ def dense_texts(about: Mapping[str, Any]) -> list[str] | None:
 
     scene = (about.get("extra") or {}).get("scene")
     return None if scene is None else [scenes.describe(truth.scene_named(scene))]
+
+
+def attribute_items(benchmark: Benchmark) -> DataSet | None:
+    """The held-out scenes of shards with the class that each truly has: ``demo-colour`` asks for the colour of most of
+    its objects, and so on through ``clips_data.demo.attributes``; ``None`` for benchmarks of other names.
+
+    Raises ``UserError`` for an attribute that the demo does not ask for, and for shards of another world.
+    """
+    from clips_data.demo import attributes, truth
+    from clips_data.errors import UserError, did_you_mean
+    from clips_train.evals import format_labelled
+
+    if not benchmark.name.startswith(ATTRIBUTE):
+        return None
+    name = benchmark.name.removeprefix(ATTRIBUTE)
+    if name not in attributes.QUESTIONS:
+        known = [f"{ATTRIBUTE}{known}" for known in attributes.QUESTIONS]
+        raise UserError(f"The demo world has no benchmark {benchmark.name!r}. {did_you_mean(benchmark.name, known)}")
+    question = attributes.QUESTIONS[name]
+
+    def answer(about: Mapping[str, Any]) -> str | None:
+        scene = (about.get("extra") or {}).get("scene")
+        return None if scene is None else question.answer(truth.scene_named(scene))
+
+    about = {"question": question.asks, "classes": "values of the demo world"}
+    return format_labelled.open(benchmark, answer, question.classes, question.templates, about)
 
 
 def score_run(run: Path, *, quiet: bool) -> dict[str, float]:

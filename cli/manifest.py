@@ -7,11 +7,11 @@ every arm and every seed, each as a run of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from .stages import STAGES
+from .stages import stage_named
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -32,6 +32,8 @@ class Manifest:
     source: str
     arms: Sequence[Arm] = ()
     results: Path | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """What it says of itself as a recipe: system, source, changes and so on."""
 
     def resolved(self) -> dict[str, Any]:
         """The manifest with every default written out, as it is saved beside the outputs."""
@@ -50,7 +52,7 @@ class Manifest:
 
     def run_of(self, stage: str) -> str:
         """The training run that ``stage`` works on: its own ``name``, else that of ``train``, else the manifest's."""
-        if not STAGES[stage].of_run:
+        if not stage_named(stage).of_run:
             return self.name
         own = getattr(self.stages[stage], "name", None)
         trained = getattr(self.stages.get("train"), "name", None)
@@ -68,15 +70,27 @@ class Arm:
     """By seed: a manifest of all stages with the arm's values, named after the experiment, the arm and the seed."""
 
 
-def load_manifest(name: str, settings: Sequence[str] = (), work: Path | None = None) -> Manifest:
+def load_manifest(
+    name: str, settings: Sequence[str] = (), work: Path | None = None, scale: str | None = None
+) -> Manifest:
     """Reads the manifest at a path or of a packaged name; ``settings`` are ``stage.key=value`` overrides.
 
-    Raises ``UserError`` naming file, line, key and the nearest right one.
+    ``scale`` names a packaged file of values for the stages of any manifest, ``scales/NAME.yaml``. Raises ``UserError``
+    naming file, line, key and the nearest right one.
     """
+    from clips_data.errors import UserError, did_you_mean
+
     from .manifest_reader import Reader
 
     found = find_manifest(name)
-    return Reader(found.quoted, found.folder).manifest(found.text, settings, work)
+    values = None
+    if scale is not None:
+        path = packaged_file(f"scales/{scale}.yaml")
+        if not path.is_file():
+            known = [file.stem for file in path.parent.glob("*.yaml")]
+            raise UserError(f"There is no scale {scale!r}. {did_you_mean(scale, known)}")
+        values = (scale, Reader(f"scales/{path.name}", path.parent).scale(path.read_text()))
+    return Reader(found.quoted, found.folder).manifest(found.text, settings, work, values)
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,8 @@ def find_manifest(name: str) -> Found:
     if path.is_file():
         return Found(name, path.read_text(), path.parent)
     packaged = packaged_manifests()
+    if name.startswith("recipe/"):
+        name = f"recipes/{name.removeprefix('recipe/')}"
     if name in packaged:
         return Found(f"{name}.yaml", packaged[name], packaged_file(name).parent)
     kind = "no such file" if path.suffix in (".yaml", ".yml") or "/" in name else "no such file or packaged manifest"

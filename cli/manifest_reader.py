@@ -8,15 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from .manifest import NAME_PATTERN, Arm, Manifest
-from .manifest_values import Entry, Overrides, Stages, plain_value
-from .stages import STAGES
+from .manifest import NAME_PATTERN, Arm, Manifest, find_manifest
+from .manifest_values import Entry, Overrides, Stages, laid_over, plain_value
+from .stages import STAGES, stage_named
 
 if TYPE_CHECKING:
     import yaml
     from pydantic import BaseModel, ValidationError
 
-TOP_KEYS: Final = ("name", "work", "stages", "arms", "seeds", "results")
+TOP_KEYS: Final = ("name", "work", "include", "without", "recipe", "stages", "scales", "arms", "seeds", "results")
+REPEATED: Final = ("recaption", "score", "embed")
+"""Stages that a manifest may hold several times, each with a label of its own: they write folders of their own."""
 ARM_KEYS: Final = ("expected", "core")
 COMPARED: Final = ("train", "eval")
 """What an experiment cannot be without: something that differs, and figures to compare."""
@@ -32,13 +34,21 @@ class Reader:
     ``folder`` is the manifest's own, from which ``results`` is named.
     """
 
-    def __init__(self, source: str, folder: Path) -> None:
+    def __init__(self, source: str, folder: Path, including: Sequence[str] = ()) -> None:
         self.source, self.folder = source, folder
+        self.including = [*including, source]
+        """This manifest and those that include it, from the outermost."""
 
-    def manifest(self, text: str, settings: Sequence[str], work: Path | None) -> Manifest:
+    def manifest(
+        self, text: str, settings: Sequence[str], work: Path | None, scale: tuple[str, Stages] | None = None
+    ) -> Manifest:
+        """``scale`` is a name and values for the stages; own `scales` go over it, ``settings`` over all."""
         root = self._entries(self._compose(text), "the manifest", TOP_KEYS)
         stages = self._stages(root)
         overrides = Overrides.parse(settings, stages)
+        if scale is not None:
+            name, values = scale
+            overrides = overrides.after(laid_over(values, self._own_scale(root, name)))
         name = self._name(root, overrides.top)
         written = overrides.top.get("work", self._text(root, "work", default="."))
         where = Path(work if work is not None else written)
@@ -48,7 +58,33 @@ class Reader:
             if key in root or key in overrides.top:
                 place = root[key][0] if key in root else f"--set {key}={overrides.top[key]}"
                 self._fail(place, f"{key} is for manifests that have `arms`")
-        return Manifest(name, where, self._configs(overrides.over(stages), name, self.source), self.source)
+        configs = self._configs(overrides.over(stages), name, self.source)
+        return Manifest(name, where, configs, self.source, recipe=self.recipe(root))
+
+    def scale(self, text: str) -> Stages:
+        """The values of a scale, which is no manifest by itself: it has `stages` alone."""
+        return self._stages(self._entries(self._compose(text), "the scale", ("stages",)))
+
+    def _own_scale(self, root: Root, name: str) -> Stages:
+        """What the manifest, and those that it includes, change for a scale."""
+        below: Stages = {}
+        if "include" in root:
+            reader, inner = self._opened(root)
+            below = reader._own_scale(inner, name)
+        if "scales" not in root:
+            return below
+        scales = self._entries(root["scales"][1], "scales")
+        return laid_over(below, self._written(scales[name][1], f"the scale {name}") if name in scales else {})
+
+    def recipe(self, root: Root) -> Mapping[str, Any]:
+        """What the manifest says of itself as a recipe; empty where it says nothing."""
+        if "recipe" not in root:
+            return {}
+        place, node = root["recipe"]
+        found = self._value(node)
+        if not isinstance(found, dict):
+            self._fail(place, "recipe should be a mapping of keys to texts")
+        return found
 
     # --- arms ---------------------------------------------------------------------------------------------------------
 
@@ -58,7 +94,7 @@ class Reader:
             if stage not in stages:
                 self._fail(place, f"arms are compared by what train and eval say, and `stages` has no {stage}")
         seeds = self._seeds(root)
-        shared = {stage: entries for stage, entries in stages.items() if not STAGES[stage].of_run}
+        shared = {stage: entries for stage, entries in stages.items() if not stage_named(stage).of_run}
         configs = self._configs(overrides.over(shared), name, self.source)
         written = self._entries(node, "arms")
         if not written:
@@ -81,7 +117,7 @@ class Reader:
         """What is expected of an arm, whether it belongs to the core, and the values that it changes."""
         from clips_data.errors import did_you_mean
 
-        may_change = [stage for stage in stages if STAGES[stage].of_run]
+        may_change = [stage for stage in stages if stage_named(stage).of_run]
         expected, core, changed = "", False, Stages()
         for key, (place, value) in ({} if _is_nothing(node) else self._entries(node, f"arm {arm}")).items():
             if key == "expected":
@@ -108,7 +144,7 @@ class Reader:
         """``stages`` with the training seed. The names of runs and their seeds are the experiment's to give."""
         for stage, entries in stages.items():
             for key, giver in (("name", "the experiment, the arm and the seed"), ("seed", "`seeds`")):
-                if key in entries and key in STAGES[stage].config_class.model_fields:
+                if key in entries and key in stage_named(stage).config_class.model_fields:
                     self._fail(entries[key].place, f"{stage}.{key} comes from {giver}, where there are `arms`")
         return stages | {"train": stages["train"] | {"seed": Entry(seed, self.source)}}
 
@@ -138,19 +174,66 @@ class Reader:
     # --- stages -------------------------------------------------------------------------------------------------------
 
     def _stages(self, root: Root) -> Stages:
+        included = self._included(root)
+        if "stages" not in root and not included:
+            self._fail(self.source, "the manifest has no `stages`")
+        stages = self._written(root["stages"][1], "stages") if "stages" in root else {}
+        if not stages and not included:
+            self._fail(root["stages"][0], "`stages` names no stage")
+        return laid_over(included, stages)
+
+    def _written(self, node: yaml.Node, what: str) -> Stages:
+        """A mapping of stages to their values."""
         from clips_data.errors import did_you_mean
 
-        if "stages" not in root:
-            self._fail(self.source, "the manifest has no `stages`")
         stages: Stages = {}
-        for stage, (place, node) in self._entries(root["stages"][1], "stages").items():
+        for key, (place, inner) in self._entries(node, what).items():
+            stage, _, label = key.partition(" ")
             if stage not in STAGES:
                 self._fail(place, f"there is no stage {stage!r}. {did_you_mean(stage, STAGES)}", end="")
-            given = {} if _is_nothing(node) else self._entries(node, stage)
-            stages[stage] = {key: Entry(self._value(value), at, value) for key, (at, value) in given.items()}
-        if not stages:
-            self._fail(root["stages"][0], "`stages` names no stage")
+            if label and (stage not in REPEATED or not re.match(NAME_PATTERN, label)):
+                self._fail(place, f"{key!r} has a label, which only {', '.join(REPEATED)} may have, and of one word")
+            given = {} if _is_nothing(inner) else self._entries(inner, key)
+            stages[key] = {name: Entry(self._value(value), at, value) for name, (at, value) in given.items()}
         return stages
+
+    def _included(self, root: Root) -> Stages:
+        """The stages of the manifest that this one includes, less those that it is to be without."""
+        if "include" not in root:
+            if "without" in root:
+                self._fail(root["without"][0], "without names stages of an included manifest; there is no `include`")
+            return {}
+        from clips_data.errors import did_you_mean
+
+        reader, inner = self._opened(root)
+        stages = reader._stages(inner)
+        if "without" in root:
+            at, node = root["without"]
+            names = self._value(node)
+            for stage in names if isinstance(names, list) else [names]:
+                if stage not in stages:
+                    self._fail(at, f"without: {reader.source} has no stage {stage!r}. {did_you_mean(stage, stages)}")
+                del stages[stage]
+        return stages
+
+    def _opened(self, root: Root) -> tuple[Reader, Root]:
+        """The reader of the included manifest, and its root."""
+        from clips_data.errors import UserError
+
+        place, _ = root["include"]
+        name = self._text(root, "include", default="")
+        beside = self.folder / f"{name}.yaml"
+        try:
+            found = find_manifest(str(beside) if beside.is_file() else name)
+        except UserError as error:
+            self._fail(place, f"include: {error}", end="")
+        if found.quoted in self.including:
+            self._fail(place, f"include goes round in a circle: {' → '.join([*self.including, found.quoted])}")
+        reader = Reader(found.quoted, found.folder, self.including)
+        inner = reader._entries(reader._compose(found.text), "the manifest", TOP_KEYS)
+        if "arms" in inner:
+            self._fail(place, f"{found.quoted} has `arms`, so it cannot be included")
+        return reader, inner
 
     def _configs(self, stages: Stages, run: str, place: str) -> dict[str, BaseModel]:
         return {stage: self._config(stage, entries, run, place) for stage, entries in stages.items()}
@@ -163,13 +246,13 @@ class Reader:
 
         from .values import validated
 
-        config = STAGES[stage].config_class
+        config = stage_named(stage).config_class
         for key, entry in entries.items():
             if key not in config.model_fields:
                 near = did_you_mean(key, config.model_fields)
                 self._fail(entry.place, f"{stage} has no key {key!r}. {near}", end="")
         values = {key: entry.value for key, entry in entries.items()}
-        if STAGES[stage].of_run and "name" in config.model_fields:
+        if stage_named(stage).of_run and "name" in config.model_fields:
             values.setdefault("name", run)
         try:
             return validated(config, values)
@@ -193,7 +276,7 @@ class Reader:
         if found["type"] == "missing":
             self._fail(at, f"{name}.{found['loc'][-1]} is missing")
         if found["type"] == "extra_forbidden":
-            near = nearest_inside(STAGES[stage].config_class, parts[-1])
+            near = nearest_inside(stage_named(stage).config_class, parts[-1])
             self._fail(at, f"{name.rpartition('.')[0]} has no key {parts[-1]!r}. {near}", end="")
         self._fail(at, f"{name} is {found['input']!r}; {what_is_right(found)}")
 

@@ -23,6 +23,22 @@ class Entry:
 Stages = dict[str, dict[str, Entry]]
 
 
+def laid_over(below: Stages, above: Stages) -> Stages:
+    """The stages of both, the values of ``above`` winning.
+
+    They stand in the order of ``below``; what only ``above`` has stands behind the stage that it follows there.
+    """
+    order = list(below)
+    place = 0
+    for stage in above:
+        if stage in below:
+            place = order.index(stage) + 1
+        else:
+            order.insert(place, stage)
+            place += 1
+    return {stage: below.get(stage, {}) | above.get(stage, {}) for stage in order}
+
+
 def plain_value(text: str) -> Any:
     """What YAML makes of an unquoted scalar: a number, a boolean, nothing, or the text itself."""
     import yaml
@@ -53,12 +69,13 @@ class Overrides:
         for setting in settings:
             target, equals, text = setting.partition("=")
             stage, dot, key = target.partition(".")
+            kinds = {name.partition(" ")[0] for name in known}
             if equals and target in SETTABLE:
                 top[target] = text
                 continue
             if not (equals and dot and key):
                 raise UsageError(f"--set {setting} is not of the form stage.key=value, such as train.samples=1000.")
-            if stage not in known:
+            if stage not in known and stage not in kinds:
                 raise UsageError(f"--set {setting}: the manifest has no stage {stage!r}. {did_you_mean(stage, known)}")
             try:
                 value = yaml.safe_load(text) if text[:1] in "[{\"'" and text else plain_value(text)
@@ -67,5 +84,15 @@ class Overrides:
             stages.setdefault(stage, {})[key] = Entry(value, f"--set {setting}")
         return cls(top, stages)
 
+    def after(self, scale: Stages) -> Overrides:
+        """With the values of ``scale`` below them."""
+        return Overrides(
+            self.top, {stage: scale.get(stage, {}) | self.stages.get(stage, {}) for stage in {**scale, **self.stages}}
+        )
+
     def over(self, stages: Stages) -> Stages:
-        return {stage: entries | self.stages.get(stage, {}) for stage, entries in stages.items()}
+        """``recaption`` is meant for every stage of that name; one with a label for that one alone."""
+        return {
+            stage: entries | self.stages.get(stage.partition(" ")[0], {}) | self.stages.get(stage, {})
+            for stage, entries in stages.items()
+        }

@@ -12,21 +12,56 @@ import json
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from .arms import Run
 
-WAYS: Final = {"text_to_image_r1": "t→i", "image_to_text_r1": "i→t"}
-FACTS: Final = {"clips_fact_precision": "fact precision", "clips_fact_recall": "fact recall"}
 SHORT: Final = {"captions": "short"}
 """Query sets that the table calls by another name."""
+WAYS: Final = {"text_to_image_r1": "t→i", "image_to_text_r1": "i→t"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: a figure of the rows, times ``scale``. ``chance`` is the figure of what chance scores."""
+
+    figure: str
+    head: str
+    chance: str = ""
+    scale: float = 100
+    digits: int = 1
+
+    def spread(self, figure: str, rows: Sequence[Row]) -> str:
+        found = [row["figures"][figure] * self.scale for row in rows if figure in row["figures"]]
+        return spread(found, self.digits)
+
+
+FACTS: Final = (
+    Column("clips_fact_precision", "fact precision"),
+    Column("clips_fact_recall", "fact recall"),
+)
+PROBE: Final = "probe"
+PROBED: Final = (
+    Column("probe_fact_precision", "probe precision", "probe_chance_fact_precision"),
+    Column("probe_fact_recall", "probe recall", "probe_chance_fact_recall"),
+    Column("probe_token_loss", "probe loss", scale=1, digits=3),
+    Column("probe_train_s", "probe minutes", scale=1 / 60),
+)
+KINDS: Final = ("shape", "colour", "size", "texture", "place", "relation")
 LEGEND: Final = (
     "Recall at 1 on held-out images in %, text to image (t→i) and image to text (i→t), for each set of queries; "
     "precision and recall of the facts in the captioner's own captions in %; minutes that the training steps "
     "took where they were run. ± is the standard deviation over seeds. Expected is what others published, at their "
     "scale."
+)
+PROBE_LEGEND: Final = (
+    "Probe precision and recall are those of the facts, in %, in the captions of held-out images that a small language "
+    "model wrote, which was trained on the frozen image tower; chance is the same captions held against other images. "
+    "Probe loss is its loss on the true captions of these images, in nats per token. Arms whose difference is smaller "
+    "than the spreads beside it have not been told apart."
 )
 METRICS: Final = "metrics.jsonl"
 
@@ -107,11 +142,17 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def row_of(run: Run) -> Row:
-    """The row of a run whose stages have just finished, from the stamps that these left."""
+    """The row of a run whose stages have just finished, from the stamps that these left.
+
+    Figures of ``eval`` have their own names, those of the probe begin with its name.
+    """
     from . import stamps
 
     manifest = run.manifest
     facts = stamps.facts_of(manifest, manifest.work, "eval")
+    if PROBE in manifest.stages:
+        probed = stamps.facts_of(manifest, manifest.work, PROBE)
+        facts |= {f"{PROBE}_{name}": value for name, value in probed.items()}
     return {
         "arm": run.arm.name,
         "seed": run.seed,
@@ -139,63 +180,81 @@ def train_seconds(run: Path) -> float | None:
 
 def table(runs: Sequence[Run], rows: Mapping[str, Row]) -> list[dict[str, str]]:
     """One line for each arm that has results, in the order of ``runs``; every figure is a mean ± spread over seeds."""
+    by_arm = _by_arm(runs, rows)
+    if not by_arm:
+        return []
+    every = [row for own in by_arm.values() for row in own]
+    columns = _columns(runs, every)
+    expected = {run.arm.name: run.arm.expected for run in runs}
+    lines = [_line(arm, columns, own) | {"expected": expected[arm]} for arm, own in by_arm.items()]
+    by_chance = {column.head: column.spread(column.chance, every) for column in columns}
+    return [{**dict.fromkeys(lines[0], ""), "arm": "(chance)", **by_chance}, *lines]
+
+
+def kinds_table(runs: Sequence[Run], rows: Mapping[str, Row]) -> list[dict[str, str]]:
+    """For each arm that was probed precision and recall of every kind of fact; empty where the truth was not known."""
+    lines = []
+    for arm, own in _by_arm(runs, rows).items():
+        line = {}
+        for kind in KINDS:
+            both = [Column(f"{PROBE}_{kind}_{score}", kind) for score in ("precision", "recall")]
+            line[kind] = " / ".join(filter(None, (column.spread(column.figure, own) for column in both)))
+        if any(line.values()):
+            lines.append({"arm": arm, **line})
+    return lines
+
+
+def _by_arm(runs: Sequence[Run], rows: Mapping[str, Row]) -> dict[str, list[Row]]:
     by_arm: dict[str, list[Row]] = {}
     for run in runs:
         if run.digest in rows:
             by_arm.setdefault(run.arm.name, []).append(rows[run.digest])
-    if not by_arm:
-        return []
-    heads = _heads(runs, [row for own in by_arm.values() for row in own])
-    expected = {run.arm.name: run.arm.expected for run in runs}
-    lines = [_line(arm, heads, own) | {"expected": expected[arm]} for arm, own in by_arm.items()]
-    chances = {_chance_of(key): head for key, head in heads.items() if key not in FACTS}
-    by_chance = _line("(chance)", chances, [row for own in by_arm.values() for row in own])
-    return [{**dict.fromkeys(lines[0], ""), **{head: by_chance[head] for head in ("arm", *chances.values())}}, *lines]
+    return by_arm
 
 
-def _line(arm: str, heads: Mapping[str, str], rows: Sequence[Row]) -> dict[str, str]:
-    figures = {
-        head: spread([row["figures"][key] * 100 for row in rows if key in row["figures"]])
-        for key, head in heads.items()
-    }
+def _line(arm: str, columns: Sequence[Column], rows: Sequence[Row]) -> dict[str, str]:
+    figures = {column.head: column.spread(column.figure, rows) for column in columns}
     minutes = spread([row["train_s"] / 60 for row in rows if row["train_s"] is not None])
     return {"arm": arm, **figures, "minutes": minutes, "seeds": str(len(rows))}
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 1) -> str:
     """``"12.3 ± 0.4"``: mean and standard deviation. Equal values and single ones have no deviation to show."""
     if not values:
         return ""
-    mean = f"{statistics.fmean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(set(values)) > 1 else mean
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else mean
 
 
-def _heads(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, str]:
-    """Figure → head of its column, for the figures of the table that any row has.
+def _columns(runs: Sequence[Run], rows: Sequence[Row]) -> list[Column]:
+    """Those of the table that any row has a figure for.
 
     Scores of the first query set have its name in no figure's name (``clips_train.evals.run.figures``).
     """
     sets = {"": runs[0].queries[0]} | {f"{name}_": name for run in runs for name in run.queries[1:]}
-    heads = {
-        f"{start}{score}": f"{SHORT.get(queries, queries)} {way}"
+    retrieval = [
+        Column(f"{start}{score}", f"{SHORT.get(queries, queries)} {way}", f"{start}chance_{score}")
         for start, queries in sets.items()
         for score, way in WAYS.items()
-    }
-    return {name: head for name, head in (heads | FACTS).items() if any(name in row["figures"] for row in rows)}
-
-
-def _chance_of(figure: str) -> str:
-    """``"dense_text_to_image_r1"`` → ``"dense_chance_text_to_image_r1"``."""
-    score = next(score for score in WAYS if figure.endswith(score))
-    return f"{figure.removesuffix(score)}chance_{score}"
+    ]
+    return [column for column in (*retrieval, *FACTS, *PROBED) if any(column.figure in row["figures"] for row in rows)]
 
 
 def markdown(name: str, runs: Sequence[Run], rows: Mapping[str, Row]) -> str:
-    lines = table(runs, rows)
+    lines, kinds = table(runs, rows), kinds_table(runs, rows)
     there = sum(run.digest in rows for run in runs)
-    shown = [head for head in (lines[0] if lines else ()) if any(line[head] for line in lines)]
-    text = [f"# {name}", "", f"{there} of {len(runs)} runs, arms × seeds. {LEGEND}"]
+    probed = any(line.get(column.head) for line in lines for column in PROBED)
+    legend = f"{LEGEND} {PROBE_LEGEND}" if probed else LEGEND
+    text = [f"# {name}", "", f"{there} of {len(runs)} runs, arms × seeds. {legend}"]
     if lines:
-        cells = [shown, ["---"] * len(shown), *([line[head] for head in shown] for line in lines)]
-        text += ["", *("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)]
+        text += ["", *_as_markdown(lines)]
+    if kinds:
+        text += ["", "Facts of the probe's captions by kind, precision / recall in %:", "", *_as_markdown(kinds)]
     return "\n".join(text) + "\n"
+
+
+def _as_markdown(lines: Sequence[Mapping[str, str]]) -> list[str]:
+    """A table; columns without any value are left out."""
+    shown = [head for head in lines[0] if any(line[head] for line in lines)]
+    cells = [shown, ["---"] * len(shown), *([line[head] for head in shown] for line in lines)]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]

@@ -11,7 +11,7 @@ import click
 
 from . import arms, present
 from .options import LazyCommand, common_options
-from .stages import STAGES
+from .stages import stage_named
 
 if TYPE_CHECKING:
     from clips_data.executor import Job, Report
@@ -53,6 +53,17 @@ def build(name: str, summary: str) -> click.Command:
                 metavar="STAGE.KEY=VALUE",
                 help="Override one value of the manifest; may be repeated.",
             ),
+            click.Option(
+                ["--data"],
+                metavar="URLS",
+                help="Your list of image URLs: the same as --set download.source=URLS.",
+            ),
+            click.Option(
+                ["--scale"],
+                metavar="NAME",
+                help="Put the values of a packaged scale over the manifest's: demo runs any recipe on the built-in "
+                "demo world, in minutes, without a GPU.",
+            ),
             *arms.options(),
             *(_plan_options() if name == "plan" else []),
             *common_options(COMMON[name]),
@@ -91,6 +102,8 @@ def _plan_options() -> list[click.Parameter]:
 def run(
     manifest: str,
     settings: Sequence[str],
+    data: str | None,
+    scale: str | None,
     only_arms: str | None,
     only_seeds: str | None,
     as_json: bool,
@@ -103,7 +116,7 @@ def run(
     from .manifest import load_manifest
     from .options import job_from
 
-    resolved = load_manifest(manifest, settings, given["work"])
+    resolved = load_manifest(manifest, _with_data(settings, data), given["work"], scale)
     runs = arms.chosen(resolved, arms.runs_of(resolved), only_arms, only_seeds)
     job = job_from({**given, "work": resolved.work})
     if job.dry_run:
@@ -121,6 +134,10 @@ def run(
         print(present.table(done, ("stage", "what", "rows", "seconds", "folder")))
 
 
+def _with_data(settings: Sequence[str], data: str | None) -> list[str]:
+    return [*([] if data is None else [f"download.source={data}"]), *settings]
+
+
 def do_stage(manifest: Manifest, stage: str, job: Job) -> dict[str, Any]:
     """Does one stage unless its stamp holds, and returns its row of the final table."""
     from . import stamps
@@ -130,7 +147,7 @@ def do_stage(manifest: Manifest, stage: str, job: Job) -> dict[str, Any]:
         present.say(f"{stage}: finished before, {_rows_text(before)}skipped", quiet=job.quiet)
         return _row(before, "skipped", 0.0)
     present.say(f"{stage}: {before.state} ({before.why}), writing to {before.folder}", quiet=job.quiet)
-    about = STAGES[stage]
+    about = stage_named(stage)
     report = about.call(about, manifest.stages[stage], job, manifest.run_of(stage))
     present.say("\n".join(present.report_lines(report)), quiet=job.quiet)
     stamps.stamp(manifest, job.work, stage, report)
@@ -154,6 +171,8 @@ def save_resolved(manifest: Manifest) -> Path:
 def plan(
     manifest: str,
     settings: Sequence[str],
+    data: str | None,
+    scale: str | None,
     only_arms: str | None,
     only_seeds: str | None,
     sample: int,
@@ -165,7 +184,7 @@ def plan(
 ) -> None:
     from .manifest import load_manifest
 
-    resolved = load_manifest(manifest, settings, work)
+    resolved = load_manifest(manifest, _with_data(settings, data), work, scale)
     runs = arms.chosen(resolved, arms.runs_of(resolved), only_arms, only_seeds)
     show_plan(resolved, runs, as_json=as_json, sample=sample, gpus=gpus, price=price)
 
@@ -202,10 +221,11 @@ def show_plan(
         if would_run and not waits_for:
             waits_for = stage
     tried = forecast = None
-    if sample and any(row["stage"] == "download" and row["what"] == "run" for row in rows):
-        tried = _try_sample(manifest.stages["download"], sample)
-    if sample and any(row["stage"] == "recaption" and row["what"] == "run" for row in rows):
-        forecast = _caption_sample(manifest, sample)
+    to_run = {stage_named(row["stage"]).name: row["stage"] for row in reversed(rows) if row["what"] == "run"}
+    if sample and "download" in to_run:
+        tried = _try_sample(manifest.stages[to_run["download"]], sample)
+    if sample and "recaption" in to_run:
+        forecast = _caption_sample(manifest, to_run["recaption"], sample)
     if as_json:
         found: dict[str, Any] = {"name": manifest.name, "work": str(manifest.work), "stages": rows}
         found["sample"] = {**asdict(tried), "estimated_s": tried.estimated_s} if tried else None
@@ -219,7 +239,7 @@ def show_plan(
             print(line)
 
 
-def _caption_sample(manifest: Manifest, num_rows: int) -> Forecast | None:
+def _caption_sample(manifest: Manifest, stage: str, num_rows: int) -> Forecast | None:
     """A trial of the captioner on the pairs that are there; ``None`` while the prompt's inputs are not."""
     from clips_data.errors import UserError
     from clips_data.executor import Job
@@ -227,13 +247,13 @@ def _caption_sample(manifest: Manifest, num_rows: int) -> Forecast | None:
     from clips_data.recaption.forecast import measure
     from clips_data.recaption.rows import open_inputs
 
-    config: Any = manifest.stages["recaption"]
+    config: Any = manifest.stages[stage]
     try:
         open_inputs(manifest.work, prompts.load(config.prompt), config.scores)
     except UserError as error:
-        present.say(f"recaption: no caption is tried yet. {error}")
+        present.say(f"{stage}: no caption is tried yet. {error}")
         return None
-    present.say(f"recaption: captioning {num_rows} rows (--sample 0 leaves this out)")
+    present.say(f"{stage}: captioning {num_rows} rows (--sample 0 leaves this out)")
     return measure(config, Job(work=manifest.work), num_rows)
 
 
@@ -250,6 +270,8 @@ def _try_sample(config: Any, num_rows: int) -> Sample | None:
 def status(
     manifest: str,
     settings: Sequence[str],
+    data: str | None,
+    scale: str | None,
     only_arms: str | None,
     only_seeds: str | None,
     as_json: bool,
@@ -260,7 +282,7 @@ def status(
     from . import stamps
     from .manifest import load_manifest
 
-    resolved = load_manifest(manifest, settings, work)
+    resolved = load_manifest(manifest, _with_data(settings, data), work, scale)
     of_runs = arms.standings(resolved, arms.chosen(resolved, arms.runs_of(resolved), only_arms, only_seeds))
     rows = []
     for stage in resolved.stages:

@@ -9,6 +9,7 @@ import json
 from typing import Any, Final
 
 from .manifest import NAME_PATTERN, packaged_file
+from .manifest_reader import REPEATED
 from .stages import STAGES
 
 FILE: Final = "manifest.schema.json"
@@ -25,6 +26,7 @@ def manifest_schema() -> dict[str, Any]:
         schema["type"] = ["object", "null"]
         definitions[name] = {"description": stage.about, **schema}
         stages[name] = {"$ref": f"#/$defs/{name}"}
+    labelled = {f"^{name} {NAME_PATTERN[1:]}": stages[name] for name in REPEATED}
     arm = {
         "expected": {"type": "string", "description": "What others published of this variant, for the table."},
         "core": {"type": "boolean", "default": False, "description": "Whether --arms core takes it."},
@@ -36,11 +38,39 @@ def manifest_schema() -> dict[str, Any]:
         "description": "One file is one run: clips run FILE does its stages in order.",
         "type": "object",
         "additionalProperties": False,
-        "required": ["name", "stages"],
+        "required": ["name"],
+        "anyOf": [{"required": ["stages"]}, {"required": ["include"]}],
         "properties": {
             "name": {"type": "string", "pattern": NAME_PATTERN, "description": "Name of the run under runs/."},
             "work": {"type": "string", "default": ".", "description": "Work folder, from the current folder."},
-            "stages": {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": stages},
+            "include": {
+                "type": "string",
+                "description": "Manifest whose stages this one takes over, by the name of a packaged one or of a file "
+                "beside it. Values given here win; further stages stand behind the one that they follow here.",
+            },
+            "without": {
+                "type": "array",
+                "items": {"type": "string"},
+                "description": "Stages of the included manifest that are left out.",
+            },
+            "recipe": {
+                "type": "object",
+                "description": "What the manifest says of itself as a recipe, for `clips recipes`.",
+            },
+            "scales": {
+                "type": "object",
+                "description": "What --scale NAME changes in this manifest beyond the packaged values of that scale.",
+                "additionalProperties": {"type": "object", "additionalProperties": False, "properties": stages},
+            },
+            "stages": {
+                "type": "object",
+                "description": "What is done, in this order. Stages with a folder of their own may be done several "
+                f"times, each with a label of one word, such as `recaption short`: {', '.join(REPEATED)}.",
+                "additionalProperties": False,
+                "minProperties": 1,
+                "properties": stages,
+                "patternProperties": labelled,
+            },
             "arms": {
                 "description": "Variants to compare: what each changes in a run's stages. Each is run with every seed.",
                 "type": "object",

@@ -96,26 +96,44 @@ def _call_train(stage: Stage, config: Any, job: Job, run: str) -> Report:
     return _report(stage, [out], facts, started)
 
 
-def _call_on_run(stage: Stage, config: Any, job: Job, run: str) -> Report:
-    """``eval`` and ``export``: they read a run's checkpoint and the shards, and write into the run's folder."""
+def _call_eval(stage: Stage, config: Any, job: Job, run: str) -> Report:
+    """A run, or the models that the config names, on the held-out split and on benchmarks."""
+    from . import scores
+
     started = time.monotonic()
     shards = job.only[0].parent if job.only else job.work / "shards"
-    folder = job.work / "runs" / run
     out = stage.output(config, job, run)
     if job.dry_run:
         return _dry(stage, out)
-    if stage.name != "eval":
-        facts = load(stage.entry)(config, run=folder, shards=shards, overwrite=job.overwrite)
-        return _report(stage, [out], facts, started)
-    from .facts import dense_texts, score_run
+    asked = {"shards": shards, "overwrite": job.overwrite, "quiet": job.quiet}
+    if config.model:
+        return _report(stage, [out], scores.of_models(config, work=job.work, out=out, **asked), started)
+    return _report(stage, [out], scores.of_run(load(stage.entry), config, job.work / "runs" / run, **asked), started)
 
-    derived = {"dense": dense_texts}
-    facts = load(stage.entry)(
-        config, run=folder, shards=shards, overwrite=job.overwrite, quiet=job.quiet, derived=derived
-    )
-    report = _report(stage, [out], facts, started)
-    report.facts.update(score_run(folder, quiet=job.quiet))
-    return report
+
+def _call_export(stage: Stage, config: Any, job: Job, run: str) -> Report:
+    """It reads a run's checkpoint and the shards, and writes into the run's folder."""
+    started = time.monotonic()
+    shards = job.only[0].parent if job.only else job.work / "shards"
+    out = stage.output(config, job, run)
+    if job.dry_run:
+        return _dry(stage, out)
+    folder = job.work / "runs" / run
+    facts = load(stage.entry)(config, run=folder, shards=shards, overwrite=job.overwrite)
+    return _report(stage, [out], facts, started)
+
+
+def _call_probe(stage: Stage, config: Any, job: Job, run: str) -> Report:
+    """It reads a run's checkpoint and the shards, and writes into the run's folder; the truth comes from here."""
+    from . import probed
+
+    started = time.monotonic()
+    shards = job.only[0].parent if job.only else job.work / "shards"
+    out = stage.output(config, job, run)
+    if job.dry_run:
+        return _dry(stage, out)
+    asked = {"shards": shards, "overwrite": job.overwrite, "quiet": job.quiet}
+    return _report(stage, [out], probed.of_run(load(stage.entry), config, job.work / "runs" / run, **asked), started)
 
 
 def _dry(stage: Stage, out: Path) -> Report:
@@ -174,6 +192,12 @@ def _teachers(config: Any) -> dict[str, Path]:
     """Their folders, of those that are folders."""
     paths = {f"model {number}": _model_path(name, "clip") for number, name in enumerate(config.model)}
     return {name: path for name, path in paths.items() if path.exists()}
+
+
+def _benchmark_files(config: Any) -> dict[str, Path]:
+    """Tables of benchmarks. Folders of pictures are told apart when they are read, by their keys, texts and labels."""
+    paths = {one.name: Path(one.annotations or one.data) for one in config.benchmark}
+    return {f"benchmark {name}": path for name, path in paths.items() if path.is_file()}
 
 
 def _recaption_watches(config: Any) -> dict[str, Path]:
@@ -235,7 +259,7 @@ STAGES: Final[dict[str, Stage]] = {
                 *_columns(config),
                 *(f"scores/{name}" for name in config.scores),
             ],
-            watches=lambda config: _existing(config, "balance") if config.balance else {},
+            watches=lambda config: _existing(config, *(key for key in ("balance", "exclude") if getattr(config, key))),
             about="The tars are plain webdataset shards; image bytes are copied unchanged. New shards of pairs become "
             "further tars.",
             example="clips shard --where 'score.web >= 0.2 AND pairs.width >= 200' --split sentence --web-ratio 0.8",
@@ -271,12 +295,26 @@ STAGES: Final[dict[str, Stage]] = {
             "eval",
             "clips_train.use_config:EvalConfig",
             "clips_train.evals.run:evaluate",
-            folder=lambda config, run: f"runs/{run}/eval",
-            reads=lambda config, run: ["shards", f"runs/{run}"],
-            about="Retrieval both ways, by each set of queries, and the captioner's texts on the held-out shards.",
-            example="clips eval --name first --work quickstart",
+            folder=lambda config, run: "evals" if config.model else f"runs/{run}/eval",
+            reads=lambda config, run: ["shards", *([] if config.model else [f"runs/{run}"])],
+            watches=_benchmark_files,
+            about="Without --model it is the run --name, on the held-out shards. Scores are files, with intervals.",
+            example="clips eval --model run:first --model ViT-B-32:openai --benchmark coco=/data/coco --compare",
             options=IN_RUN_OPTIONS,
-            call=_call_on_run,
+            call=_call_eval,
+            of_run=True,
+        ),
+        Stage(
+            "probe",
+            "clips_train.use_config:ProbeConfig",
+            "clips_train.probe:probe",
+            folder=lambda config, run: f"runs/{run}/probe",
+            reads=lambda config, run: ["shards", f"runs/{run}"],
+            about="The run's image tower, frozen, is given to a small language model through a projector, as in LLaVA. "
+            "These are trained on the captions of the training shards, then they caption the held-out images.",
+            example="clips probe --name first --column synthetic --work quickstart",
+            options=IN_RUN_OPTIONS,
+            call=_call_probe,
             of_run=True,
         ),
         Stage(
@@ -288,7 +326,7 @@ STAGES: Final[dict[str, Stage]] = {
             about="Features of the exported model are compared with ours, and a difference above 1e-4 is an error.",
             example="clips export --name first --work quickstart",
             options=IN_RUN_OPTIONS,
-            call=_call_on_run,
+            call=_call_export,
             of_run=True,
         ),
         Stage(
@@ -305,6 +343,11 @@ STAGES: Final[dict[str, Stage]] = {
         ),
     )
 }
+
+
+def stage_named(key: str) -> Stage:
+    """The stage of a manifest's key: ``recaption``, or with a label where it is done several times, ``score fused``."""
+    return STAGES[key.partition(" ")[0]]
 
 
 def run_name(stage: Stage, config: Any, given: str | None) -> str:

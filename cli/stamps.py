@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from .stages import STAGES
+from .stages import stage_named
 
 if TYPE_CHECKING:
     from clips_data.executor import Report
@@ -26,7 +26,7 @@ FOLDER: Final = ".stages"
 HASHED_SUFFIXES: Final = (".json", ".jsonl")
 """Files of our folders that are told apart by content: sidecars, which hold the hashes of the others, and metrics."""
 HASHED_BELOW_BYTES: Final = 16 << 20
-NOT_OF_A_RUN: Final = ("eval", "export", "report.html", "manifest.yaml")
+NOT_OF_A_RUN: Final = ("eval", "probe", "export", "report.html", "manifest.yaml")
 NO_RESULTS: Final = "log"
 """Folder in a stage's folder for what libraries say. What they leave running may write there after the stage's end."""
 
@@ -51,7 +51,7 @@ def standing(manifest: Manifest, work: Path, stage: str) -> Standing:
     from clips_data.errors import UserError
     from clips_data.ledger import read_sidecar
 
-    folder = work / STAGES[stage].folder(manifest.stages[stage], manifest.run_of(stage))
+    folder = work / stage_named(stage).folder(manifest.stages[stage], manifest.run_of(stage))
     unit, found = _unit(manifest, stage), _made(manifest, work, stage)
     now = Standing(
         stage,
@@ -110,8 +110,8 @@ def facts_of(manifest: Manifest, work: Path, stage: str) -> dict[str, Any]:
 def _made(manifest: Manifest, work: Path, stage: str) -> dict[str, int]:
     """Bytes of each finished file of ``stage``, by its name in the stage's folder or, elsewhere, in the work folder."""
     config = manifest.stages[stage]
-    found = dict(_files(work / STAGES[stage].folder(config, manifest.run_of(stage))))
-    for name in STAGES[stage].beside(config):
+    found = dict(_files(work / stage_named(stage).folder(config, manifest.run_of(stage))))
+    for name in stage_named(stage).beside(config):
         found |= {f"{name}/{file}": size for file, size in _files(work / name)}
     return found
 
@@ -119,8 +119,8 @@ def _made(manifest: Manifest, work: Path, stage: str) -> dict[str, int]:
 def inputs_of(manifest: Manifest, work: Path, stage: str) -> dict[str, str]:
     """Name -> digest of everything that ``stage`` reads: folders to its left, and files its config names."""
     config, run = manifest.stages[stage], manifest.run_of(stage)
-    digests = {name: digest_tree(work / name) for name in STAGES[stage].reads(config, run)}
-    for name, path in STAGES[stage].watches(config).items():
+    digests = {name: digest_tree(work / name) for name in stage_named(stage).reads(config, run)}
+    for name, path in stage_named(stage).watches(config).items():
         digests[name] = digest_watched(path)
     return digests
 
@@ -167,11 +167,11 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
 
 def _unit(manifest: Manifest, stage: str) -> str:
     """The stamp's name: one for every folder that the stage may write under one work folder."""
-    folder = STAGES[stage].folder(manifest.stages[stage], manifest.run_of(stage))
-    variant = {"recaption": folder, "score": folder, "embed": folder}.get(stage)
-    if STAGES[stage].of_run:
-        return f"{stage}-{manifest.run_of(stage)}"
-    return f"{stage}-{variant.rpartition('/')[2]}" if variant else stage
+    folder = stage_named(stage).folder(manifest.stages[stage], manifest.run_of(stage))
+    kind = stage_named(stage)
+    if kind.of_run:
+        return f"{kind.name}-{manifest.run_of(stage)}"
+    return f"{kind.name}-{folder.rpartition('/')[2]}" if "/" in folder else kind.name
 
 
 def _rows_in(manifest: Manifest, work: Path, stage: str) -> int | None:
@@ -179,9 +179,9 @@ def _rows_in(manifest: Manifest, work: Path, stage: str) -> int | None:
     from clips_data.ledger import SIDECAR
 
     config = manifest.stages[stage]
-    if stage == "download":
+    if stage_named(stage).name == "download":
         return getattr(config, "num_pairs", None) if getattr(config, "source", "") == "demo" else None
-    folders = STAGES[stage].reads(config, manifest.run_of(stage))
+    folders = stage_named(stage).reads(config, manifest.run_of(stage))
     rows = [
         sum(json.loads(sidecar.read_text())["counts"].values()) for sidecar in (work / folders[0]).glob("*" + SIDECAR)
     ]

@@ -101,10 +101,17 @@ def read(path: Path, digest: str | None = None) -> Concepts:
     return _read(path, found)
 
 
+def located(path: Path) -> Path:
+    """The file itself: ``demo`` is the packaged list of what the scenes of the demo world hold."""
+    if path == Path("demo") and not path.exists():
+        return Path(__file__).parent / "demo" / "concepts.txt"
+    return path
+
+
 def file_digest(path: Path) -> str:
     """Identifies the list's content."""
     try:
-        return ledger.digest_file(path)
+        return ledger.digest_file(located(path))
     except OSError as error:
         raise UserError(
             f"Cannot read --balance {path}: {error.strerror}. It is a text with one concept a line."
@@ -114,7 +121,7 @@ def file_digest(path: Path) -> str:
 @functools.lru_cache(maxsize=2)
 def _read(path: Path, digest: str) -> Concepts:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = located(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(
             f"--balance {path} is not UTF-8 (byte {error.start}). It is a text, one concept a line."

@@ -111,9 +111,12 @@ def _write_demo_list(config: DownloadConfig, path: Path) -> UrlList:
     from clips_data.demo import web
 
     rows = web.demo_rows(config.num_pairs, config.world)
+    caption = "caption"
+    if config.caption_column == "description":
+        rows, caption = [row | {"description": web.description(row)} for row in rows], "description"
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
-    return UrlList(path, "parquet", "url", "caption", ("scene", "captions"))
+    return UrlList(path, "parquet", "url", caption, ("scene", "captions"))
 
 
 def _dialect(

@@ -45,6 +45,9 @@ class View(StageConfig):
     tokens: int | None = Field(
         None, gt=3, description="Longest text in tokens, special ones included; none takes the model's context_length."
     )
+    length_of: str | None = Field(
+        None, description="Column whose text's length in tokens is the most that this text may have (text shearing)."
+    )
     count: int = Field(1, gt=0, description="Texts of one image, all of them positives; one_piece and sentences only.")
     pieces: int | str = Field(
         1, description="Sub-captions that reduce=sentences joins: a number, or LOW-HIGH to draw it for each text."

@@ -116,7 +116,8 @@ class TextSources:
                 label = "mix." if num_mixed == 0 else f"mix_{num_mixed + 1}."
                 found[_name(source, walk)] = _open(source, walk, split, config.seed, label)
             _check_columns(found[_name(source, walk)].columns, split, setting)
-        _check_columns([name for view in config.views for name in view.negatives], split, "views")
+        beside = [name for view in config.views for name in (*view.negatives, view.length_of) if name is not None]
+        _check_columns(beside, split, "views")
         return cls(found)
 
     def columns(self, source: Source, walk: bool = False) -> tuple[str, ...]:

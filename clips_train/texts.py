@@ -62,7 +62,8 @@ class TextMaker:
             source = found.of(view.source, view.walk)
             usable = stand_ins.usable(source)
             whole = source if usable else stand_ins.first
-            chosen.append(whole.column if not usable or view.reduce in ("none", "truncate") else None)
+            is_whole = view.reduce in ("none", "truncate") and view.length_of is None
+            chosen.append(whole.column if not usable or is_whole else None)
             if not usable:
                 fallbacks.append(f"fallback.{label_of(view.source)}_empty")
             draw = Draw(config.seed, epoch, key + self._streams[number])
@@ -102,6 +103,8 @@ class TextMaker:
         budget = self._tokenizer.budget(_length(view, self._config))
         if not stand_ins.usable(source):
             return [self._tokenizer.pieces(stand_ins.text_for(source))[:budget]]
+        if view.length_of is not None and (of := column_text(about, view.length_of).strip()):
+            budget = min(budget, self._tokenizer.num_tokens(of))
         spans: Sequence[Span] = ()
         if view.reduce in SPAN_REDUCTIONS:
             spans = _spans(source, view, about)
@@ -181,7 +184,8 @@ def condition_view(config: TrainConfig) -> int | None:
     if config.decoder == "none" or config.condition is None:
         return None
     for number, view in enumerate(config.views):
-        whole = view.reduce in ("none", "truncate") and _length(view, config) == config.context_length and not view.walk
+        is_cut = view.reduce not in ("none", "truncate") or view.length_of is not None
+        whole = not is_cut and _length(view, config) == config.context_length and not view.walk
         if whole and _same(view.source, config.condition):
             return number
     return None

@@ -110,6 +110,11 @@ def test_a_column_that_the_shards_lack_is_named_with_the_nearest_one(change: dic
         TextMaker(SPLIT, config(**change), TOKENIZER)
 
 
+def test_a_column_to_shear_by_must_be_there() -> None:
+    with pytest.raises(UserError, match="no caption column 'wed'.*'web'"):
+        texts_of(sample(), views=[{"from": "synthetic", "length_of": "wed"}])
+
+
 def test_a_column_that_was_not_split_is_named_where_pieces_are_asked_for() -> None:
     with pytest.raises(UserError, match=r"no sub-captions of column 'web', which reduce=one_piece needs"):
         texts_of(sample(), views=[{"from": "web", "reduce": "one_piece"}])
@@ -213,6 +218,15 @@ def test_equal_views_draw_apart() -> None:
 def test_views_are_cut_to_their_tokens_and_to_the_context() -> None:
     texts = texts_of(sample(web="x" * 200), views=["web", {"from": "web", "tokens": 12}])
     assert [len(view(texts, number)[0]) for number in (0, 1)] == [LENGTH - 2, 10]
+
+
+def test_a_text_is_sheared_to_the_length_of_another_columns() -> None:
+    views = [{"from": "synthetic", "length_of": "web"}, "web"]
+    sheared = texts_of(sample(), views=views, condition="synthetic")
+    assert view(sheared, 0) == [TEXT[: len("my dog")]] and sheared.chosen[0] is None
+    assert view(texts_of(sample(web=TEXT + TEXT), views=views), 0) == [TEXT]
+    assert view(texts_of(sample(web=""), views=views), 0) == [TEXT], "a missing text shears nothing"
+    assert condition_view(config(views=views, condition="synthetic")) is None
 
 
 def test_without_a_captioner_there_are_no_targets() -> None:

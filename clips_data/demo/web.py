@@ -55,6 +55,12 @@ def demo_rows(num_pairs: int, world: int) -> list[dict[str, str]]:
     return rows
 
 
+def description(row: dict[str, str]) -> str:
+    """The true description of the scene of a row of the demo's list."""
+    world, index = row["scene"].split("/")
+    return scenes.describe(scenes.make_scene(int(world), int(index)))
+
+
 @contextlib.contextmanager
 def serve() -> Iterator[tuple[str, int]]:
     """Runs the server in a thread and yields its address and port; both are gone afterwards."""

@@ -1,0 +1,118 @@
+"""``clips eval`` as people see it: models beside each other in one table, and beside what others published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from . import present
+from .facts import dense_texts, score_run
+
+SHOWN: Final = {
+    "text_to_image_r1": "t→i R@1", "text_to_image_r5": "R@5", "text_to_image_r10": "R@10",
+    "image_to_text_r1": "i→t R@1", "image_to_text_r5": "R@5 ", "image_to_text_r10": "R@10 ",
+    "top1": "top-1", "top5": "top-5", "mean_per_class_recall": "per class",
+    "cider": "CIDEr", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "clip_score": "CLIPScore",
+    "accuracy": "accuracy", "text_score": "text", "image_score": "image", "group_score": "group",
+}  # fmt: skip
+"""Figures of the tables, by their names in result files, and their heads."""
+TABLE: Final = "table.md"
+
+Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Model → benchmark → result file."""
+
+
+def of_run(evaluate: Callable[..., dict[str, Any]], config: Any, run: Path, **asked: Any) -> dict[str, Any]:
+    """Scores one run and returns plain figures, those of its captions' facts among them.
+
+    Prints tables where benchmarks or published figures were asked for.
+    """
+    found = evaluate(config, run=run, derived={"dense": dense_texts}, **asked)
+    if config.benchmark or config.compare:
+        _show({f"run:{run.name}": _read(run / "eval")}, config, quiet=asked["quiet"])
+    return found | score_run(run, quiet=asked["quiet"])
+
+
+def of_models(config: Any, *, work: Path, out: Path, **asked: Any) -> dict[str, Any]:
+    """Scores the config's models and returns plain figures, whose names begin with the model where there are several.
+
+    Prints one table for each benchmark, and writes them to ``table.md`` under ``out``.
+    """
+    from clips_data.ledger import write_bytes
+    from clips_train.encoders import find
+    from clips_train.evals.run import evaluate_models, folder_name
+
+    found = evaluate_models(config, work=work, out=out, derived={"dense": dense_texts}, **asked)
+    models = find(config.model, config.pretrained, work / "runs")
+    results = {named.name: _read(out / folder_name(named)) for named in models}
+    text = _show(results, config, quiet=asked["quiet"])
+    write_bytes(out / TABLE, text.encode())
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return {f"{model} {name}": value for model, figures in found.items() for name, value in figures.items()}
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Benchmark → content of its result file, for all finished ones of a folder."""
+    import json
+
+    from clips_data.ledger import finished_units
+
+    found = {}
+    for unit in finished_units(folder):
+        content = json.loads((folder / f"{unit}.json").read_text(encoding="utf-8"))
+        found[content["benchmark"]] = content
+    return found
+
+
+def _show(results: Results, config: Any, *, quiet: bool) -> str:
+    """Prints one table for each benchmark that was asked for, and returns them as Markdown."""
+    asked = [*(["heldout"] if config.heldout else []), *(benchmark.name for benchmark in config.benchmark)]
+    parts = []
+    for benchmark in asked:
+        lines = lines_of(benchmark, results, compare=config.compare)
+        if lines:
+            heads = tuple(dict.fromkeys(head for line in lines for head in line))
+            present.say(f"\n{benchmark}\n{present.table(lines, heads)}", quiet=quiet)
+            cells = [heads, ["---"] * len(heads), *([line.get(head, "") for head in heads] for line in lines)]
+            rows = ("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)
+            parts.append("\n".join([f"## {benchmark}", "", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def lines_of(benchmark: str, results: Results, *, compare: bool) -> list[dict[str, str]]:
+    """One line for each model: its figures in %, with the half width of their intervals; then the published ones."""
+    lines = []
+    shown: set[str] = set()
+    for model, by_benchmark in results.items():
+        if benchmark not in by_benchmark:
+            continue
+        result = by_benchmark[benchmark]
+        scores: Mapping[str, Mapping[str, float]] = result["scores"]
+        shown |= scores.keys()
+        lines.append(
+            {
+                "model": model,
+                **{head: _with_interval(scores[name]) for name, head in SHOWN.items() if name in scores},
+                "resize": result["preprocessing"]["resize_mode"],
+                "tokenizer": result["tokenizer"]["name"],
+                "source": "measured",
+            }
+        )
+    return lines + (_published(benchmark, shown) if compare and lines else [])
+
+
+def _with_interval(score: Mapping[str, float]) -> str:
+    half = max(score["high"] - score["value"], score["value"] - score["low"])
+    return f"{100 * score['value']:.1f} ± {100 * half:.1f}"
+
+
+def _published(benchmark: str, figures: Sequence[str] | set[str]) -> list[dict[str, str]]:
+    from clips_train.evals import published
+
+    lines = []
+    for row in published.rows(benchmark, figures):
+        values = {SHOWN[name]: f"{100 * value:.1f}" for name, value in row.figures.items() if name in SHOWN}
+        lines.append({"model": row.model, **values, "source": row.source})
+    return lines
