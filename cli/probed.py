@@ -1,4 +1,4 @@
-"""What the truth of the demo world adds to ``clips probe``: how many facts the frozen tower's language model gets right.
+"""What the truth of the demo world adds to ``clips probe``: how many facts the language model gets right.
 
 Beside it stands chance: the same captions, each held against another image's scene.
 """

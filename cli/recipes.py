@@ -303,13 +303,13 @@ def _made_text(made: Mapping[str, Any]) -> str:
 INTRO: Final = """\
 # Recipes
 
-One manifest for each system: `clips recipes NAME` shows what it does, `clips run recipe/NAME --data urls.parquet` runs it
-on your list, `clips run recipe/NAME --scale demo` on the built-in demo world.
+One manifest for each system: `clips recipes NAME` shows what it does, `clips run recipe/NAME --data urls.parquet`
+runs it on your list, `clips run recipe/NAME --scale demo` on the built-in demo world.
 
 This table is written by `clips recipes --measure`: every recipe on the demo world, start to end, with a tiny model and
-25,600 samples, so at equal samples and not at equal cost. Recall at 1 in % among 500 held-out images, by short human-like
-captions and by dense descriptions, text to image (t→i) and image to text (i→t); zero-shot classification of attributes;
-precision and recall of facts in the MLLM's captions and in the trained captioner's own; ± is the standard deviation over
-seeds. It says how the recipes work on small synthetic scenes with this captioner, which makes few mistakes, and nothing
-of their rank on the web.
+25,600 samples; so at equal samples and not at equal cost. Recall at 1 in % among 500 held-out images, by short
+human-like captions and by dense descriptions, text to image (t→i) and image to text (i→t); zero-shot classification of
+attributes; precision and recall (P, R) of the facts in the MLLM's captions and in the trained captioner's own; ± is the
+standard deviation over seeds. It says how the recipes work on small synthetic scenes with a captioner that makes few
+mistakes, and nothing of their rank on the web.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -108,11 +108,12 @@ def _with_interval(score: Mapping[str, float]) -> str:
     return f"{100 * score['value']:.1f} ± {100 * half:.1f}"
 
 
-def _published(benchmark: str, figures: Sequence[str] | set[str]) -> list[dict[str, str]]:
+def _published(benchmark: str, figures: Collection[str]) -> list[dict[str, str]]:
     from clips_train.evals import published
 
-    lines = []
+    lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in published.rows(benchmark, figures):
-        values = {SHOWN[name]: f"{100 * value:.1f}" for name, value in row.figures.items() if name in SHOWN}
-        lines.append({"model": row.model, **values, "source": row.source})
-    return lines
+        line = lines.setdefault((row.model, row.source), {"model": row.model, "source": row.source})
+        if row.figure in SHOWN:
+            line[SHOWN[row.figure]] = f"{100 * row.value:.1f}"
+    return list(lines.values())

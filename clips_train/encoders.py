@@ -81,6 +81,12 @@ def _find(name: str, tags: list[str], runs: Path) -> Named:
     return _pretrained(name, tags)
 
 
+def run_in(folder: Path) -> Named:
+    """The newest checkpoint of a run's folder. Raises ``UserError`` where there is none."""
+    newest = checkpoint.find(folder)
+    return Named(f"{RUN}{folder.name}", "run", str(newest), None, ledger.digest_file(newest / checkpoint.WEIGHTS))
+
+
 def _run(name: str, folder: Path) -> Named:
     if not folder.is_dir():
         known = [path.name for path in folder.parent.glob("*") if path.is_dir()] or ["none"]
@@ -137,6 +143,17 @@ class Preprocessing:
 
         transform: Callable[[Image], Tensor] = image_transform_v2(PreprocessCfg(**self.about), is_train=False)
         return transform
+
+    def squarer(self) -> Callable[[Image], Tensor]:
+        """RGB picture → uint8 [C, H, W]: the same transform up to where it becomes floats and is normalised."""
+        steps: list[Callable[[Image], Image]] = self.transform().transforms[:-2]  # type: ignore[attr-defined]
+
+        def squared(picture: Image) -> Tensor:
+            for step in steps:
+                picture = step(picture)
+            return transforms.to_pixels(picture)
+
+        return squared
 
     @property
     def about(self) -> dict[str, Any]:
@@ -225,7 +242,11 @@ def load(named: Named, device: str, precision: Precision, *, bert_vocab: str | N
 
 def _load_run(named: Named, device: torch.device, arithmetic: torch.dtype) -> Encoder:
     """A checkpoint of ``clips train``."""
-    trained = generate.load_trained(Path(named.source), str(device))
+    return of_trained(generate.load_trained(Path(named.source), str(device)), named, arithmetic)
+
+
+def of_trained(trained: Trained, named: Named, arithmetic: torch.dtype = torch.float32) -> Encoder:
+    """A checkpoint that is loaded already, or a model that is being trained."""
     model, config = trained.model, trained.config
 
     def encode_text(captions: Sequence[str]) -> Tensor:
@@ -242,7 +263,7 @@ def _load_run(named: Named, device: torch.device, arithmetic: torch.dtype) -> En
         width=_width(encode_text),
         logit_scale=float(model.logit_scale.detach().exp()),
         trained=trained,
-        device=device,
+        device=trained.device,
         _encode_image=lambda pixels_NCHW: model.encode_image(pixels_NCHW)[0],
         _encode_text=encode_text,
         _arithmetic=arithmetic,

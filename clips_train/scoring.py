@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clips_train import distributed, parts, shards
+from clips_train import distributed, encoders, parts, shards
 from clips_train.batch import Batch
 from clips_train.config import TrainConfig
+from clips_train.encoders import Named
 from clips_train.evals import run as evals
 from clips_train.evals.retrieval import retrieval_scores
 from clips_train.generate import Trained
@@ -33,8 +34,9 @@ def held_out_scores(
     model = build_model(config.model, sigmoid=config.contrastive == "sigmoid")
     model.load_state_dict(dict(weights))
     trained = Trained(config.model, model.to(device).eval(), tokenizer, device, Path())
+    encoder = encoders.of_trained(trained, Named("the run in training", "run", "", None, ""))
     chosen = EvalConfig(split=split.name, max_samples=config.eval_images)
-    scores = evals.retrieval_by_queries(trained, split, chosen)[chosen.queries[0]]
+    scores = evals.retrieval_by_queries(encoder, split, chosen)[chosen.queries[0]]
     return {f"eval_{name}": scores[name] for name in ("image_to_text_r1", "text_to_image_r1", "num_images")}
 
 

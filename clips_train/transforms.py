@@ -81,6 +81,13 @@ def decode(data: bytes, image_px: int) -> Image.Image:
     return image.copy() if isinstance(image, ImageFile) else image  # which would keep the file's bytes
 
 
+def decode_whole(data: bytes) -> Image.Image:
+    """RGB picture at its own size, as other tools decode it. Raises ``BadImage`` as ``decode`` does."""
+    file = _opened(data)
+    image = _whole(file, file.size)
+    return image.copy() if isinstance(image, ImageFile) else image
+
+
 def _opened(data: bytes) -> ImageFile:
     """The picture as its header tells it, not decoded. Raises ``BadImage``."""
     try:

@@ -121,8 +121,13 @@ class EvalConfig(StageConfig):
 
 
 class ExportConfig(StageConfig):
-    """``clips export``: a checkpoint becomes a folder that stock open_clip loads."""
+    """``clips export``: a checkpoint becomes a folder that stock open_clip loads, and what other libraries load."""
 
+    formats: tuple[Literal["open_clip", "timm", "transformers", "onnx"], ...] = Field(
+        ("open_clip", "timm", "transformers"),
+        description="What is written: open_clip, which always is; timm, its image tower; transformers, an exact "
+        "architecture where there is one, and a LLaVA configuration; onnx, both towers as graphs (clips[onnx]).",
+    )
     tolerance: float = Field(
         1e-4,
         gt=0,
@@ -168,4 +173,88 @@ class EmbedConfig(StageConfig):
             raise ValueError(f"columns {','.join(self.columns) or 'none'} should name some caption columns, each once")
         if self.augment == "none" and self.num_augmentations != 1:
             raise ValueError("augment none makes one picture of an image; set num_augmentations to 1")
+        return self
+
+
+class SearchConfig(StageConfig):
+    """``clips search``: texts and pictures find images, or captions, of shards."""
+
+    model: str | None = Field(
+        None,
+        description="Model to search with: run:NAME or the folder of a run, an open_clip name with its tag (NAME:TAG), "
+        "hf-hub: or local-dir: path, or 'demo' for the packaged small CLIP; none takes the run named default, else the "
+        "newest.",
+    )
+    pretrained: str | None = Field(None, description="Pretrained tag of an open_clip name that is given without one.")
+    split: str = Field("train", description="Split of the shards to search.")
+    text: str | None = Field(None, description="Search the captions of this column; none searches the images.")
+    top: int = Field(12, gt=0, description="Results of a query.")
+    index: Literal["auto", "exact", "ivf"] = Field(
+        "auto",
+        description="exact compares with everything; ivf looks into the nearest sixteenth of an index on disk and may "
+        "miss some; auto is exact up to a million features.",
+    )
+    resize: Literal["auto", "squash", "crop"] = Field(
+        "auto",
+        description="How a picture becomes square: squash both sides, or scale the shorter side and crop the middle; "
+        "auto does what the model asks for.",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Arithmetic of the model (fp16 on a GPU only); features are stored in fp16."
+    )
+    batch: int = Field(64, gt=0, description="Images or captions per forward pass.")
+    num_workers: int = Field(
+        0, ge=0, description="Processes that decode images; 0 does it in threads of the searching process."
+    )
+    bert_vocab: str | None = Field(
+        None, description="BERT-base-uncased's vocab.txt, for released CLIPS models; none takes it from the hub."
+    )
+    device: str = Field("auto", description="Torch device, such as cpu or cuda; auto takes the GPU where there is one.")
+
+
+class ProbeConfig(StageConfig):
+    """``clips probe``: how good a run's frozen image tower is as the eyes of a multimodal language model."""
+
+    layer: int = Field(
+        -2,
+        description="Layer of the image tower whose patch tokens are read: -1 is the last one, -2 the one before it, "
+        "as LLaVA takes, 0 what enters the first one.",
+    )
+    column: str = Field(
+        "synthetic",
+        description="Text that the language model learns to write: a caption column, captions for the first of those "
+        "that came with the list, or dense for the true descriptions of the demo world.",
+    )
+    split: str = Field("heldout", description="Split of the shards to score on.")
+    samples: int = Field(25_600, gt=0, description="Samples to train on in total, epochs included.")
+    batch: int = Field(64, gt=0, description="Samples per optimiser step.")
+    lr: float = Field(3e-3, gt=0, description="Peak learning rate of projector and language model.")
+    warmup_samples: int = Field(3_200, ge=0, description="Samples of linear warm-up, before the cosine decay to 0.")
+    weight_decay: float = Field(0.05, ge=0, description="Decoupled weight decay of kernels.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest norm of the whole gradient.")
+    width: int = Field(128, gt=0, description="Width of the language model; a multiple of twice its heads.")
+    layers: int = Field(2, gt=0, description="Layers of the language model.")
+    heads: int = Field(4, gt=0, description="Attention heads of the language model.")
+    vocab_size: int = Field(
+        4096, gt=259, description="Most entries of the vocabulary, which is learned from the captions trained on."
+    )
+    max_tokens: int = Field(128, gt=1, description="Longest caption in tokens, end token included; others are cut.")
+    max_samples: int = Field(0, ge=0, description="Most samples to train on, in the order of the shards; 0 takes all.")
+    max_scored: int = Field(0, ge=0, description="Most samples to score on, in the order of the shards; 0 takes all.")
+    seed: int | None = Field(
+        None, ge=0, description="Seeds initial weights and sample order; none takes the seed of the run."
+    )
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Arithmetic of the language model; the tower's and the parameters are fp32."
+    )
+    cache_bytes: int = Field(
+        2_000_000_000, ge=0, description="Bytes of memory for patch tokens; those of further images are computed anew."
+    )
+    log_steps: int = Field(10, gt=0, description="Steps between lines of metrics.jsonl.")
+    device: str = Field("auto", description="Torch device, such as cpu or cuda; auto takes the GPU where there is one.")
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> ProbeConfig:
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} is not a multiple of twice the heads, {2 * self.heads}")
         return self

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clips_data.errors import ResumeRefused, UserError
+from clips_train import encoders
 from clips_train import shards as shard_files
 from clips_train.config import TrainConfig
 from clips_train.evals import retrieval
@@ -239,7 +240,8 @@ def test_a_model_in_training_is_scored_without_files(run: tuple[Path, Path]) -> 
     before = (run[0] / "eval" / "eval.json").read_bytes()
     trained = load_trained(run[0])
     split = shard_files.open_split(run[1], "heldout")
-    by_queries = retrieval_by_queries(trained, split, EvalConfig(queries=("captions", "web")))
+    encoder = encoders.of_trained(trained, encoders.run_in(run[0]))
+    by_queries = retrieval_by_queries(encoder, split, EvalConfig(queries=("captions", "web")))
     assert by_queries["captions"]["num_images"] == 8
     assert (run[0] / "eval" / "eval.json").read_bytes() == before
     assert by_queries == (scored(run, queries=["captions", "web"]) and result(run[0])["retrieval_by_queries"])

@@ -1,79 +1,33 @@
-"""``clips eval``: one checkpoint, one held-out split, one JSON file of scores with a schema version."""
+"""``clips eval``: models are scored on the held-out split and on benchmarks, each score in a file of its own."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-
 from clips_data import ledger
-from clips_data.errors import UserError, did_you_mean
+from clips_data.errors import UserError
 from clips_data.schema import SCHEMA_VERSION
-from clips_train import checkpoint, shards, transforms
-from clips_train import generate as generation
-from clips_train.evals.retrieval import retrieval_scores
-from clips_train.generate import Trained
-from clips_train.use_config import EvalConfig
+from clips_train import checkpoint, encoders, shards
+from clips_train.encoders import Encoder, Named
+from clips_train.evals import benchmarks, formats, heldout, result
+from clips_train.evals.heldout import Derived
+from clips_train.evals.items import DataSet
+from clips_train.evals.outcome import Figure, Outcome
+from clips_train.use_config import Benchmark, EvalConfig
 
 FOLDER, UNIT = "eval", "eval"
 SCORES, CAPTIONS = "eval.json", "captions.jsonl"
-NOT_IN_DIGEST = frozenset({"batch", "device"})
-NOT_COLUMNS = ("key", "sha256")
+HELDOUT_SETTINGS = frozenset(
+    {"split", "max_samples", "web_column", "synthetic_column", "captions", "queries", "resize", "precision", "seed"}
+)
+"""Choices that change the figures of the held-out split."""
 
-
-HEADLINE = "captions"
-"""The query set of the captions that came with the list."""
-
-Derived = Mapping[str, Callable[[Mapping[str, Any]], list[str] | None]]
-"""Query set → its texts of a sample, from the ``.json`` member, or ``None``; for texts that shards do not carry."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A held-out sample that could be read, and its texts of each query set."""
-
-    key: str
-    picture: Image.Image
-    about: dict[str, Any]
-    queries: Mapping[str, list[str]]
-
-
-@dataclass
-class Queries:
-    """Features of one query set so far, and which image each is of, among the images that have any."""
-
-    text_ME: list[Tensor] = field(default_factory=list)
-    image_of_text_M: list[int] = field(default_factory=list)
-    images: list[int] = field(default_factory=list)
-    """Numbers of these images among all."""
-
-    def add(self, image: int, num_texts: int) -> None:
-        if num_texts:
-            self.image_of_text_M.extend([len(self.images)] * num_texts)
-            self.images.append(image)
-
-
-@dataclass
-class Encoded:
-    """Features of all samples so far, on the CPU, and the captions written for them."""
-
-    queries: dict[str, Queries]
-    image_NE: list[Tensor] = field(default_factory=list)
-    num_images: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def scores(self) -> dict[str, dict[str, Any]]:
-        """Of each query set, among the images that have texts of it."""
-        image_NE = torch.cat(self.image_NE)
-        return {name: _scores(image_NE, queries) for name, queries in self.queries.items()}
+Task = Callable[[Encoder, DataSet, EvalConfig, Benchmark], Outcome]
 
 
 def evaluate(
@@ -85,170 +39,167 @@ def evaluate(
     quiet: bool = False,
     derived: Derived | None = None,
 ) -> dict[str, Any]:
-    """Retrieval both ways on the split's images by every query set, and the captioner's texts.
+    """Scores the newest checkpoint of a run; files go to its folder ``eval/``.
 
-    Writes ``eval/eval.json`` and ``eval/captions.jsonl`` under ``run`` and returns the scores as plain figures. Skips
-    what was scored before from the same checkpoint, data and config; ``ResumeRefused`` when it was from others.
+    The held-out split gives retrieval both ways by every query set, and the captioner's texts. Returns the scores as
+    plain figures; those of a benchmark begin with its name. Skips what was scored before from the same checkpoint, data
+    and config; ``ResumeRefused`` when it was from others.
     """
-    newest = checkpoint.find(run)
-    split = _open_split(shards, config.split)
-    out = run / FOLDER
-    inputs = {"shards": split.digest, "checkpoint": ledger.digest_file(newest / checkpoint.WEIGHTS)}
-    settings = config.model_dump(mode="json", exclude=set(NOT_IN_DIGEST))
-    if ledger.is_done(out, UNIT, inputs=inputs, config=settings, overwrite=overwrite):
-        return figures(json.loads((out / SCORES).read_text()))
-    trained = generation.load_trained(newest, config.device)
-    counts: Counter[str] = Counter()
-    encoded = _encode_split(trained, split, config, derived or {}, counts, quiet=quiet)
-    result = _result(newest, config, encoded, counts)
-    with ledger.readable_disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        ledger.part(out / SCORES).write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-        lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in encoded.rows)
-        ledger.part(out / CAPTIONS).write_text("".join(lines), encoding="utf-8")
-        ledger.commit(out, UNIT, [SCORES, CAPTIONS], inputs=inputs, config=settings, counts=counts)
-    return figures(result)
+    whole = _Evaluation(config, shards, derived or {}, overwrite, quiet)
+    return whole.score(encoders.run_in(run), run / FOLDER, needs_shards=config.heldout and not config.benchmark)
+
+
+def evaluate_models(
+    config: EvalConfig,
+    *,
+    work: Path,
+    shards: Path,
+    out: Path,
+    overwrite: bool = False,
+    quiet: bool = False,
+    derived: Derived | None = None,
+) -> dict[str, dict[str, Any]]:
+    """As ``evaluate``, of the models that the config names; files go to ``out/<model>/``. Name → figures."""
+    whole = _Evaluation(config, shards, derived or {}, overwrite, quiet)
+    needs_shards = config.heldout and not config.benchmark
+    found = {}
+    for named in encoders.find(config.model, config.pretrained, work / "runs"):
+        found[named.name] = whole.score(named, out / folder_name(named), needs_shards=needs_shards)
+    return found
+
+
+def folder_name(named: Named) -> str:
+    """A model's folder under ``evals/``: its name as a file name, and eight digits that tell weights apart."""
+    plain = "".join(char if char.isalnum() or char in "._-" else "-" for char in named.name).strip("-.")
+    return f"{plain[-80:]}-{ledger.digest_json(named.digest)[:8]}"
+
+
+@dataclass
+class _Evaluation:
+    """One config, and what is opened once for all models."""
+
+    config: EvalConfig
+    shards: Path
+    derived: Derived
+    overwrite: bool
+    quiet: bool
+    data: dict[str, DataSet] = field(default_factory=dict)
+
+    def score(self, named: Named, out: Path, *, needs_shards: bool) -> dict[str, Any]:
+        """Everything that is asked of one model, which is loaded when the first score is missing."""
+        model = _Model(named, self.config)
+        found: dict[str, Any] = {}
+        if self.config.heldout and (needs_shards or (self.shards / "index.json").exists()):
+            found |= self._heldout(model, out)
+        for benchmark in map(benchmarks.resolved, self.config.benchmark):
+            scored = self._benchmark(model, benchmark, out)
+            found |= {f"{benchmark.name}_{name}": score.value for name, score in scored.scores.items()}
+        if not found:
+            raise UserError(
+                f"There is nothing to score on: {self.shards} holds no shards and no --benchmark was given. Give one as "
+                "--benchmark NAME=PATH, or --work the folder that holds shards/."
+            )
+        return found
+
+    def _heldout(self, model: _Model, out: Path) -> dict[str, Any]:
+        config = self.config
+        split = heldout.open_split(self.shards, config.split)
+        inputs = {"shards": split.digest, "checkpoint": model.named.digest}
+        settings = config.model_dump(mode="json", include=set(HELDOUT_SETTINGS))
+        if ledger.is_done(out, UNIT, inputs=inputs, config=settings, overwrite=self.overwrite):
+            return figures(json.loads((out / SCORES).read_text()))
+        counts: Counter[str] = Counter()
+        encoded = heldout.encode_split(model.encoder, split, config, self.derived, counts, quiet=self.quiet)
+        found = _heldout_result(model, config, split, encoded, counts)
+        with ledger.readable_disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            ledger.part(out / SCORES).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+            lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in encoded.rows)
+            ledger.part(out / CAPTIONS).write_text("".join(lines), encoding="utf-8")
+            ledger.commit(out, UNIT, [SCORES, CAPTIONS], inputs=inputs, config=settings, counts=counts)
+        return figures(found)
+
+    def _benchmark(self, model: _Model, benchmark: Benchmark, out: Path) -> result.Result:
+        if benchmark.name not in self.data:
+            self.data[benchmark.name] = formats.open_data(benchmark, self.shards.parent)
+        data = self.data[benchmark.name]
+        inputs = {"data": str(data.about["digest"]), "model": model.named.digest}
+        settings = result.settings_of(benchmark, self.config)
+        if ledger.is_done(out, benchmark.name, inputs=inputs, config=settings, overwrite=self.overwrite):
+            return result.read(out / f"{benchmark.name}.json")
+        outcome = _task(benchmark)(model.encoder, data, self.config, benchmark)
+        found = result.build(benchmark, model.encoder, data.about, outcome, self.config, result.command_line())
+        result.write(out, found, inputs=inputs)
+        return found
+
+
+class _Model:
+    """A model that is loaded when it is asked for."""
+
+    def __init__(self, named: Named, config: EvalConfig) -> None:
+        self.named, self._config = named, config
+        self._encoder: Encoder | None = None
+
+    @property
+    def encoder(self) -> Encoder:
+        if self._encoder is None:
+            config = self._config
+            self._encoder = encoders.load(self.named, config.device, config.precision, bert_vocab=config.bert_vocab)
+        return self._encoder
+
+
+def _task(benchmark: Benchmark) -> Task:
+    from clips_train.evals import captioning, compositionality, retrieval, zero_shot
+
+    tasks: Mapping[str, Task] = {
+        "retrieval": retrieval.score,
+        "zero_shot": zero_shot.score,
+        "captioning": captioning.score,
+        "compositionality": compositionality.score,
+    }
+    assert benchmark.task is not None
+    return tasks[benchmark.task]
 
 
 def retrieval_by_queries(
-    trained: Trained, split: shards.Split, config: EvalConfig, *, derived: Derived | None = None, quiet: bool = True
+    encoder: Encoder, split: shards.Split, config: EvalConfig, *, derived: Derived | None = None, quiet: bool = True
 ) -> dict[str, dict[str, Any]]:
     """The scores of each query set, with its ``num_images`` and ``num_texts``; for models that are in training too."""
     without = config.model_copy(update={"captions": False})
-    return _encode_split(trained, split, without, derived or {}, Counter(), quiet=quiet).scores()
+    encoded = heldout.encode_split(encoder, split, without, derived or {}, Counter(), quiet=quiet)
+    return {name: _plain(encoded, name, found) for name, found in encoded.figures().items()}
 
 
-def figures(result: dict[str, Any]) -> dict[str, Any]:
-    """The result without its nesting. Scores of the second and further query sets begin with the set's name."""
-    further = [(name, result["retrieval_by_queries"][name]) for name in result["queries"][1:]]
+def figures(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A held-out result without its nesting. Scores of the second and further query sets begin with the set's name."""
+    further: Sequence[tuple[str, Any]] = [(name, found["retrieval_by_queries"][name]) for name in found["queries"][1:]]
     return {
-        "num_images": result["num_images"],
-        "num_texts": result["num_texts"],
-        "unreadable": result["unreadable"],
-        **result["retrieval"],
+        "num_images": found["num_images"],
+        "num_texts": found["num_texts"],
+        "unreadable": found["unreadable"],
+        **found["retrieval"],
         **{f"{name}_{key}": value for name, scores in further for key, value in scores.items()},
     }
 
 
-def _open_split(folder: Path, name: str) -> shards.Split:
-    split = shards.open_split(folder, name)
-    if split.num_samples == 0:
-        raise UserError(
-            f"{folder} holds no samples in split {name!r}. Shard again with --heldout-ratio above 0, "
-            "or name another split with --split."
-        )
-    return split
-
-
-def _encode_split(
-    trained: Trained,
-    split: shards.Split,
-    config: EvalConfig,
-    derived: Derived,
-    counts: Counter[str],
-    *,
-    quiet: bool,
-) -> Encoded:
-    encoded = Encoded({name: Queries() for name in config.queries})
-    total = min(split.num_samples, config.max_samples or split.num_samples)
-    with tqdm(total=total, unit="image", desc="eval", disable=quiet or None, mininterval=1) as bar:
-        batch: list[Sample] = []
-        for sample in _samples(split, total, trained.config.image_px, config, derived, counts):
-            batch.append(sample)
-            bar.update()
-            if len(batch) == config.batch:
-                _encode_batch(trained, batch, config, encoded)
-                batch = []
-        if batch:
-            _encode_batch(trained, batch, config, encoded)
-    if encoded.num_images == 0:
-        raise UserError(f"No sample of {split.folder}, split {split.name}, could be read: {dict(counts)}.")
-    for name, queries in encoded.queries.items():
-        if not queries.images:
-            raise UserError(f"None of {encoded.num_images} samples has a text of the queries {name!r}.")
-    return encoded
-
-
-def _samples(
-    split: shards.Split, total: int, image_px: int, config: EvalConfig, derived: Derived, counts: Counter[str]
-) -> Iterator[Sample]:
-    """The readable ones of the first ``total`` samples that have any text to be searched by. All are counted."""
-    reader = shards.ShardReader(split)
-    places = [(shard, row) for shard, rows in enumerate(split.num_samples_by_shard) for row in range(rows)]
-    for shard, row in places[:total]:
-        try:
-            about = reader.about(shard, row)
-            picture = transforms.decode(reader.image(shard, row), image_px)
-        except (shards.ShardError, transforms.BadImage) as error:
-            counts[f"bad.{error.reason}"] += 1
-            continue
-        queries = {name: texts_of(about, name, config.web_column, derived) for name in config.queries}
-        if not any(queries.values()):
-            counts["bad.no_caption"] += 1
-            continue
-        counts["scored"] += 1
-        counts.update(f"no_text.{name}" for name, texts in queries.items() if not texts)
-        yield Sample(reader.key(shard, row), picture, about, queries)
-
-
-def texts_of(about: Mapping[str, Any], queries: str, web_column: str, derived: Derived) -> list[str]:
-    """The texts of a query set that an image is searched by, blank ones left out.
-
-    ``captions`` are those that came with the list, else the web caption. Others are further columns of the list,
-    caption columns, or derived, whichever there is first. Raises ``UserError`` for a set that is none of these.
-    """
-    extra = about.get("extra") or {}
-    found: Any = extra.get(queries)
-    if queries == HEADLINE and not (isinstance(found, list) and found):
-        queries, found = web_column, None
-    if found is None and isinstance(about.get(queries), str) and queries not in NOT_COLUMNS:
-        found = about[queries]
-    if found is None and queries in derived:
-        found = derived[queries](about)
-    if found is None:
-        columns = [name for name, value in about.items() if isinstance(value, str) and name not in NOT_COLUMNS]
-        known = dict.fromkeys((HEADLINE, *columns, *extra, *derived))
-        raise UserError(f"The shards have no caption column {queries!r}. {did_you_mean(queries, known)}")
-    texts = [str(text) for text in (found if isinstance(found, list) else [found])]
-    return [text for text in texts if text.strip()]
-
-
-@torch.inference_mode()
-def _encode_batch(trained: Trained, samples: list[Sample], config: EvalConfig, encoded: Encoded) -> None:
-    pixels_BCHW = torch.stack([transforms.squash(sample.picture, trained.config.image_px) for sample in samples])
-    image_BE, _ = trained.model.encode_image(transforms.normalise(pixels_BCHW.to(trained.device)))
-    encoded.image_NE.append(image_BE.cpu())
-    for name, queries in encoded.queries.items():
-        texts = [text for sample in samples for text in sample.queries[name]]
-        for number, sample in enumerate(samples, start=encoded.num_images):
-            queries.add(number, len(sample.queries[name]))
-        if texts:
-            queries.text_ME.append(trained.encode_texts(texts)[0].cpu())
-    encoded.num_images += len(samples)
-    if config.captions and trained.model.decoder is not None:
-        web = [sample.about.get(config.web_column, "") for sample in samples]
-        captions = generation.caption_images(trained, pixels_BCHW, web)
-        encoded.rows.extend(
-            {
-                "key": sample.key,
-                "web": sample.about.get(config.web_column, ""),
-                "synthetic": sample.about.get(config.synthetic_column, ""),
-                "caption": caption,
-                "extra": sample.about["extra"],
-            }
-            for sample, caption in zip(samples, captions, strict=True)
-        )
-
-
-def _result(newest: Path, config: EvalConfig, encoded: Encoded, counts: Counter[str]) -> dict[str, Any]:
-    about = checkpoint.read_about(newest)
-    by_queries = encoded.scores()
+def _heldout_result(
+    model: _Model, config: EvalConfig, split: shards.Split, encoded: heldout.Encoded, counts: Counter[str]
+) -> dict[str, Any]:
+    found = encoded.figures()
+    by_queries = {name: _plain(encoded, name, figures) for name, figures in found.items()}
     first = by_queries[config.queries[0]]
+    trained = model.encoder.trained
+    about = checkpoint.read_about(trained.folder) if trained else {}
     return {
         "schema_version": SCHEMA_VERSION,
-        "checkpoint": newest.name,
-        "step": about["step"],
-        "samples": about["samples"],
+        "benchmark": "heldout",
+        "task": "retrieval",
+        "command": result.command_line(),
+        **({"checkpoint": trained.folder.name, "step": about["step"], "samples": about["samples"]} if trained else {}),
+        "model": model.encoder.about,
+        "preprocessing": model.encoder.preprocessing.resized(config.resize).about,
+        "tokenizer": {"name": model.encoder.tokenizer, "context_length": model.encoder.context_length},
+        "data": {"path": str(split.folder), "format": "shards", "split": config.split, "digest": split.digest},
         "split": config.split,
         "num_images": encoded.num_images,
         "num_texts": first["num_texts"],
@@ -258,10 +209,18 @@ def _result(newest: Path, config: EvalConfig, encoded: Encoded, counts: Counter[
         "queries": list(config.queries),
         "retrieval": {name: score for name, score in first.items() if not name.startswith("num_")},
         "retrieval_by_queries": by_queries,
+        "scores": {
+            name if queries == config.queries[0] else f"{queries}_{name}": figure.shown(seed=config.seed)
+            for queries, figures in found.items()
+            for name, figure in figures.items()
+        },
+        "interval": result.interval_about(config.seed),
+        "environment": result.environment(model.encoder, config),
     }
 
 
-def _scores(image_NE: Tensor, queries: Queries) -> dict[str, Any]:
-    image_of_text_M = torch.tensor(queries.image_of_text_M)
-    scores = retrieval_scores(image_NE[queries.images], torch.cat(queries.text_ME), image_of_text_M)
-    return {"num_images": len(queries.images), "num_texts": len(image_of_text_M), **scores}
+def _plain(encoded: heldout.Encoded, name: str, found: Mapping[str, Figure]) -> dict[str, Any]:
+    queries = encoded.queries[name]
+    scores = {key: figure.value for key, figure in found.items()}
+    chance = {f"chance_{key}": figure.chance for key, figure in found.items() if figure.chance is not None}
+    return {"num_images": len(queries.images), "num_texts": len(queries.image_of_text_M), **scores, **chance}
