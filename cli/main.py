@@ -38,6 +38,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "plan": (".run", "Print what `clips run` would do, and why, without doing it."),
     "status": (".run", "Print how far the stages of a manifest have come."),
     "recipes": (".recipes", "List the recipes that come as manifests, or measure them."),
+    "tune": (".tune", "Find a mixing ratio, caption length or number of texts by short proxy runs."),
     "verify": (".verify", "Hash finished files again and compare with their sidecars."),
     "stats": (".stats", "Print counts and sizes of every folder under --work."),
     "diff": (".diff", "Compare two data sets, or two caption columns."),
