@@ -60,8 +60,8 @@ LEGEND: Final = (
 PROBE_LEGEND: Final = (
     "Probe precision and recall are those of the facts, in %, in the captions of held-out images that a small language "
     "model wrote, which was trained on the frozen image tower; chance is the same captions held against other images. "
-    "Probe loss is its loss on the true captions of these images, in nats per token. Arms whose difference is smaller "
-    "than the spreads beside it have not been told apart."
+    "Probe loss is its loss on the text that it was to write of these images, in nats per token. Arms whose difference "
+    "is smaller than the spreads beside it have not been told apart."
 )
 METRICS: Final = "metrics.jsonl"
 
@@ -198,7 +198,8 @@ def kinds_table(runs: Sequence[Run], rows: Mapping[str, Row]) -> list[dict[str, 
         line = {}
         for kind in KINDS:
             both = [Column(f"{PROBE}_{kind}_{score}", kind) for score in ("precision", "recall")]
-            line[kind] = " / ".join(filter(None, (column.spread(column.figure, own) for column in both)))
+            shown = [column.spread(column.figure, own) for column in both]
+            line[kind] = " / ".join(text or "none" for text in shown) if any(shown) else ""
         if any(line.values()):
             lines.append({"arm": arm, **line})
     return lines

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from . import present
-from .facts import dense_texts, score_run
+from .facts import ATTRIBUTE, attribute_items, dense_texts, score_run
 
 SHOWN: Final = {
     "text_to_image_r1": "t→i R@1", "text_to_image_r5": "R@5", "text_to_image_r10": "R@10",
@@ -28,10 +28,10 @@ def of_run(evaluate: Callable[..., dict[str, Any]], config: Any, run: Path, **as
 
     Prints tables where benchmarks or published figures were asked for.
     """
-    found = evaluate(config, run=run, derived={"dense": dense_texts}, **asked)
+    found = evaluate(config, run=run, derived={"dense": dense_texts}, given=attribute_items, **asked)
     if config.benchmark or config.compare:
         _show({f"run:{run.name}": _read(run / "eval")}, config, quiet=asked["quiet"])
-    return found | score_run(run, quiet=asked["quiet"])
+    return found | _of_attributes(found) | score_run(run, quiet=asked["quiet"])
 
 
 def of_models(config: Any, *, work: Path, out: Path, **asked: Any) -> dict[str, Any]:
@@ -43,7 +43,8 @@ def of_models(config: Any, *, work: Path, out: Path, **asked: Any) -> dict[str, 
     from clips_train.encoders import find
     from clips_train.evals.run import evaluate_models, folder_name
 
-    found = evaluate_models(config, work=work, out=out, derived={"dense": dense_texts}, **asked)
+    known = {"derived": {"dense": dense_texts}, "given": attribute_items}
+    found = evaluate_models(config, work=work, out=out, **known, **asked)
     models = find(config.model, config.pretrained, work / "runs")
     results = {named.name: _read(out / folder_name(named)) for named in models}
     text = _show(results, config, quiet=asked["quiet"])
@@ -51,6 +52,12 @@ def of_models(config: Any, *, work: Path, out: Path, **asked: Any) -> dict[str, 
     if len(found) == 1:
         return next(iter(found.values()))
     return {f"{model} {name}": value for model, figures in found.items() for name, value in figures.items()}
+
+
+def _of_attributes(found: Mapping[str, Any]) -> dict[str, float]:
+    """The mean over the attributes that the demo world was asked for, of top-1."""
+    top1 = [value for name, value in found.items() if name.startswith(ATTRIBUTE) and name.endswith("_top1")]
+    return {"attributes_top1": sum(top1) / len(top1)} if top1 else {}
 
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:

@@ -30,6 +30,8 @@ class Kind:
 def kind_of(field: FieldInfo) -> Kind:
     annotation, optional = _without_none(field.annotation)
     origin = typing.get_origin(annotation)
+    if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("repeated"):
+        return Kind("lines", optional)
     if origin is Literal:
         return Kind("choice", optional, typing.get_args(annotation))
     if annotation is bool:

@@ -16,6 +16,10 @@ Lines = Annotated[tuple[Line, ...], BeforeValidator(lambda value: (value,) if is
 """Several, or one by itself."""
 
 
+DEMO = "demo-"
+"""How benchmarks begin that ask for an attribute of the demo world's scenes."""
+
+
 class Benchmark(StageConfig):
     """One data set and what to do with it. On a command line and in short ``NAME=PATH``, or a mapping with more.
 
@@ -26,7 +30,7 @@ class Benchmark(StageConfig):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the result; known ones need no task."
     )
-    data: str = Field(description="Folder or file of the data set.")
+    data: str = Field("shards", description="Folder or file of the data set; shards are those under --work.")
     task: Literal["retrieval", "zero_shot", "captioning", "compositionality"] | None = Field(
         None, description="What is scored; none takes what is known of the name."
     )
@@ -53,11 +57,13 @@ class Benchmark(StageConfig):
 
 
 def _benchmark_from_text(value: Any) -> Any:
-    """``NAME=PATH``, YAML of a mapping, or ``{NAME: PATH}``."""
+    """``NAME=PATH``, YAML of a mapping, or ``{NAME: PATH}``; of the demo world ``demo-QUESTION`` by itself."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         value = yaml.safe_load(value)
     if isinstance(value, str):
         name, separator, path = value.partition("=")
+        if name.startswith(DEMO) and not separator:
+            return {"name": name, "task": "zero_shot"}
         if not separator or not path:
             raise ValueError(f"{value!r} is not NAME=PATH")
         return {"name": name, "data": path}
@@ -87,7 +93,8 @@ class EvalConfig(StageConfig):
     benchmark: Benchmarks = Field(
         (),
         description="Further data set to score on: NAME=PATH, such as coco=/data/coco, or {name: …, data: …, task: …}. "
-        "Repeated for several.",
+        "Repeated for several. On the demo world demo-colour, demo-shape and others ask for attributes.",
+        json_schema_extra={"repeated": True},
     )
     heldout: bool = Field(True, description="Score on the held-out split of the shards, where there are any.")
     compare: bool = Field(False, description="Print the published figures of the same benchmarks beside ours.")

@@ -67,7 +67,7 @@ def train(config: Any, *, shards: Path, out: Path, index: Path, overwrite: bool,
 
 
 def evaluate(
-    config: Any, *, run: Path, shards: Path, overwrite: bool, quiet: bool, derived: dict[str, Any]
+    config: Any, *, run: Path, shards: Path, overwrite: bool, quiet: bool, derived: dict[str, Any], given: Any
 ) -> dict[str, Any]:
     """Scores that tell arms and seeds apart: the more there is in a run's name, the better it is."""
     (run / "eval").mkdir(exist_ok=True)

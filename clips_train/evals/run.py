@@ -22,11 +22,15 @@ from clips_train.use_config import Benchmark, EvalConfig
 
 FOLDER, UNIT = "eval", "eval"
 SCORES, CAPTIONS = "eval.json", "captions.jsonl"
+SHARDS = "shards"
+"""What stands for the work folder's shards where a benchmark's data are named."""
 HELDOUT_SETTINGS = frozenset(
     {"split", "max_samples", "web_column", "synthetic_column", "captions", "queries", "resize", "precision", "seed"}
 )
 """Choices that change the figures of the held-out split."""
 
+Given = Callable[[Benchmark], DataSet | None]
+"""Opens the benchmarks that this package knows nothing of; ``None`` for others."""
 Task = Callable[[Encoder, DataSet, EvalConfig, Benchmark], Outcome]
 
 
@@ -38,6 +42,7 @@ def evaluate(
     overwrite: bool = False,
     quiet: bool = False,
     derived: Derived | None = None,
+    given: Given | None = None,
 ) -> dict[str, Any]:
     """Scores the newest checkpoint of a run; files go to its folder ``eval/``.
 
@@ -45,7 +50,7 @@ def evaluate(
     plain figures; those of a benchmark begin with its name. Skips what was scored before from the same checkpoint, data
     and config; ``ResumeRefused`` when it was from others.
     """
-    whole = _Evaluation(config, shards, derived or {}, overwrite, quiet)
+    whole = _Evaluation(config, shards, derived or {}, given, overwrite, quiet)
     return whole.score(encoders.run_in(run), run / FOLDER, needs_shards=config.heldout and not config.benchmark)
 
 
@@ -58,9 +63,10 @@ def evaluate_models(
     overwrite: bool = False,
     quiet: bool = False,
     derived: Derived | None = None,
+    given: Given | None = None,
 ) -> dict[str, dict[str, Any]]:
     """As ``evaluate``, of the models that the config names; files go to ``out/<model>/``. Name → figures."""
-    whole = _Evaluation(config, shards, derived or {}, overwrite, quiet)
+    whole = _Evaluation(config, shards, derived or {}, given, overwrite, quiet)
     needs_shards = config.heldout and not config.benchmark
     found = {}
     for named in encoders.find(config.model, config.pretrained, work / "runs"):
@@ -81,6 +87,7 @@ class _Evaluation:
     config: EvalConfig
     shards: Path
     derived: Derived
+    given: Given | None
     overwrite: bool
     quiet: bool
     data: dict[str, DataSet] = field(default_factory=dict)
@@ -120,8 +127,11 @@ class _Evaluation:
         return figures(found)
 
     def _benchmark(self, model: _Model, benchmark: Benchmark, out: Path) -> result.Result:
+        if benchmark.data == SHARDS:
+            benchmark = benchmark.model_copy(update={"data": str(self.shards)})
         if benchmark.name not in self.data:
-            self.data[benchmark.name] = formats.open_data(benchmark, self.shards.parent)
+            opened = self.given(benchmark) if self.given else None
+            self.data[benchmark.name] = opened or formats.open_data(benchmark, self.shards.parent)
         data = self.data[benchmark.name]
         inputs = {"data": str(data.about["digest"]), "model": model.named.digest}
         settings = result.settings_of(benchmark, self.config)
