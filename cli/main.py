@@ -32,6 +32,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "probe": (".commands", "Train a small LLaVA on a run's frozen image tower, and score its captions."),
     "export": (".commands", "Export a trained run to a folder that open_clip loads."),
     "caption": (".caption", "Caption image files with a trained run."),
+    "search": (".search", "Find images or captions of the shards by text or picture."),
     "prompts": (".prompts", "Show the prompts, and the exact text that a sample would get."),
     "report": (".commands", "Write one HTML page about the data and a run."),
     "run": (".run", "Do all stages of a manifest; finished ones are skipped."),

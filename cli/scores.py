@@ -43,8 +43,8 @@ def of_models(config: Any, *, work: Path, out: Path, **asked: Any) -> dict[str, 
     from clips_train.encoders import find
     from clips_train.evals.run import evaluate_models, folder_name
 
-    known = {"derived": {"dense": dense_texts}, "given": attribute_items}
-    found = evaluate_models(config, work=work, out=out, **known, **asked)
+    derived = {"dense": dense_texts}
+    found = evaluate_models(config, work=work, out=out, derived=derived, given=attribute_items, **asked)
     models = find(config.model, config.pretrained, work / "runs")
     results = {named.name: _read(out / folder_name(named)) for named in models}
     text = _show(results, config, quiet=asked["quiet"])

@@ -35,7 +35,7 @@ MAX_IMAGE_BYTES: Final = 1 << 28
 CAPTION_CHARS: Final = 300
 """Of a caption, in a line; --json has all of it."""
 QUERY_CHARS: Final = 60
-_UNSAFE_IN_JSON: Final = ("Cc", "Cf", "Cs")
+_UNSAFE_IN_JSON: Final = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def build(name: str, summary: str) -> click.Command:
@@ -238,9 +238,11 @@ def _escaped(character: str) -> str:
 
 
 def _url(hit: Hit) -> str | None:
+    from clips_data.redact import redact
+
     provenance = hit.about.get("provenance")
     url = provenance.get("url") if isinstance(provenance, dict) else None
-    return url if isinstance(url, str) else None
+    return redact(url) if isinstance(url, str) else None
 
 
 def _write_page(
@@ -256,7 +258,7 @@ def _write_page(
             yield search_page.Found(hit.rank, hit.score, hit.key, found.image(hit), hit.captions(columns), facts)
 
     asked = [
-        search_page.Asked(query.text, query.image, query.image_name, list(shown(hits)))
+        search_page.Asked(query.text, query.image, Path(query.image_name).name, list(shown(hits)))
         for query, hits in zip(queries, answers, strict=True)
     ]
     ledger.write_bytes(path, search_page.render(asked, found.about, notes).encode())

@@ -46,7 +46,9 @@ class Benchmark(StageConfig):
         None, gt=0, description="How many captions of an image count: the first ones; none takes the benchmark's own."
     )
     classes: str | None = Field(
-        None, description="Class names: imagenet for open_clip's, or a file with one a line; none takes the data's own."
+        None,
+        description="Class names: imagenet, imagenet-a or imagenet-r for open_clip's, or a file with one a line; "
+        "none takes the data's own.",
     )
     templates: str | None = Field(
         None,
@@ -119,6 +121,11 @@ class EvalConfig(StageConfig):
         description="Texts that images are searched by, each a set of scores of its own: captions stands for those "
         "that came with the list, else web_column; dense for the true descriptions of the demo world; others are "
         "caption columns, or further columns of the list.",
+    )
+    judge: str | None = Field(
+        None,
+        description="Model whose features CLIPScore takes, named as --model; none takes the model's own, which flatter "
+        "its own captioner.",
     )
     bert_vocab: str | None = Field(
         None, description="BERT-base-uncased's vocab.txt, for released CLIPS models; none takes it from the hub."
@@ -212,6 +219,11 @@ class SearchConfig(StageConfig):
     batch: int = Field(64, gt=0, description="Images or captions per forward pass.")
     num_workers: int = Field(
         0, ge=0, description="Processes that decode images; 0 does it in threads of the searching process."
+    )
+    judge: str | None = Field(
+        None,
+        description="Model whose features CLIPScore takes, named as --model; none takes the model's own, which flatter "
+        "its own captioner.",
     )
     bert_vocab: str | None = Field(
         None, description="BERT-base-uncased's vocab.txt, for released CLIPS models; none takes it from the hub."

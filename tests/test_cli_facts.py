@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import shardmaker
 
-from cli.facts import dense_texts, score_run
-from clips_data.demo import scenes
+from cli.facts import attribute_items, dense_texts, score_run
+from clips_data.demo import attributes, scenes
+from clips_data.errors import UserError
+from clips_train.use_config import Benchmark
 
 WORLD = 3
 
@@ -68,3 +72,41 @@ def test_run_without_captions_has_no_facts(tmp_path: Path) -> None:
 def test_dense_queries_are_the_scenes_true_descriptions() -> None:
     assert dense_texts({"extra": {"scene": f"{WORLD}/7"}}) == [scenes.describe(scenes.make_scene(WORLD, 7))]
     assert dense_texts({"extra": {}}) is None and dense_texts({}) is None
+
+
+def asked(shards: Path, name: str) -> Benchmark:
+    return Benchmark(name=name, data=str(shards), task="zero_shot")
+
+
+@pytest.mark.parametrize("name", attributes.QUESTIONS)
+def test_attributes_of_heldout_scenes_are_classes_with_the_truth_as_labels(tmp_path: Path, name: str) -> None:
+    shards = shardmaker.write_shards(tmp_path, num_train=4, num_heldout=20)
+    data = attribute_items(asked(shards, f"demo-{name}"))
+    assert data is not None
+    for item in data.items:
+        scene = scenes.make_scene(0, int(item.key))
+        value = data.classes[item.label if item.label is not None else -1]
+        matching = {
+            "background": scene.background == value,
+            "number": len(scene.objects) == {word: n for n, word in scenes.NUMBER_WORDS.items()}.get(value),
+        }
+        things = [thing for thing in scene.objects if not name.startswith("center") or thing.place == "center"]
+        kind = name.removeprefix("center-")
+        num_of = {v: sum(getattr(thing, kind, None) == v for thing in things) for v in data.classes}
+        assert matching.get(name, all(num_of[value] > number for v, number in num_of.items() if v != value))
+    assert len(data.items) + data.about["left_out"].get("images.without_answer", 0) == 20
+    assert len(data.items) > 3 and data.items[0].read()[:2] == b"\xff\xd8"
+    assert all("{c}" in template for template in data.templates)
+    assert data.about["question"] and data.about["split"] == "heldout"
+
+
+def test_attributes_are_asked_of_the_demo_world_only_and_by_their_names(tmp_path: Path) -> None:
+    def of_another_world(split: str, number: int, image: bytes, about: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        return image, {**about, "extra": {}}
+
+    shards = shardmaker.write_shards(tmp_path, num_heldout=3, change=of_another_world)
+    assert attribute_items(asked(shards, "pets")) is None
+    with pytest.raises(UserError, match=r"no benchmark 'demo-color'. Did you mean 'demo-colour'"):
+        attribute_items(asked(shards, "demo-color"))
+    with pytest.raises(UserError, match=r"images\.without_answer 3"):
+        attribute_items(asked(shards, "demo-colour"))

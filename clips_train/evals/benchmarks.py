@@ -25,8 +25,8 @@ KNOWN: Final[Mapping[str, Mapping[str, Any]]] = {
     # ImageNet and the sets with its classes, or some of them.
     "imagenet": IMAGENET,
     "imagenet-v2": IMAGENET,
-    "imagenet-a": IMAGENET,
-    "imagenet-r": IMAGENET,
+    "imagenet-a": IMAGENET | {"classes": "imagenet-a"},
+    "imagenet-r": IMAGENET | {"classes": "imagenet-r"},
     "imagenet-sketch": IMAGENET,
     "objectnet": IMAGENET | {"classes": None},
     # Which of two texts, and of two images.
@@ -44,7 +44,7 @@ def resolved(benchmark: Benchmark) -> Benchmark:
         raise UserError(
             f"The benchmark {benchmark.name!r} is none that clips knows, so it needs a task. "
             f"{did_you_mean(benchmark.name, list(KNOWN))} Or write it as "
-            f"{{name: {benchmark.name}, data: {benchmark.data}, task: retrieval}}; other tasks are zero_shot, captioning "
-            "and compositionality."
+            f"{{name: {benchmark.name}, data: {benchmark.data}, task: retrieval}}; other tasks are zero_shot, "
+            "captioning and compositionality."
         )
     return whole

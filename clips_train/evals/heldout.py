@@ -1,6 +1,6 @@
 """The held-out split of the shards: retrieval by every query set, and the captioner's texts.
 
-The one data set that needs no download: shards keep some images, with all captions that came with them, out of training.
+The one data set that needs no download: shards keep some images out of training, with all captions that came with them.
 """
 
 from __future__ import annotations
@@ -125,7 +125,6 @@ def _samples(
     config: EvalConfig,
     derived: Derived,
     counts: Counter[str],
-
 ) -> Iterator[Sample]:
     """The readable ones of the first ``total`` samples that have any text to be searched by. All are counted."""
     reader = shards.ShardReader(split)

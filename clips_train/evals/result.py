@@ -48,7 +48,9 @@ class Result(BaseModel):
     task: str
     command: str = Field(description="The command line that made this file, without paths of its program.")
     model: dict[str, Any] = Field(description="Name, digest of the weights, input size, width, logit scale.")
-    preprocessing: dict[str, Any] = Field(description="open_clip's preprocess_cfg as it was used: resize_mode and so on.")
+    preprocessing: dict[str, Any] = Field(
+        description="open_clip's preprocess_cfg as it was used: resize_mode and so on."
+    )
     tokenizer: dict[str, Any] = Field(description="Name, and context length in tokens.")
     data: dict[str, Any] = Field(description="Path, format, split, and a digest of keys, texts and labels.")
     scores: dict[str, Score] = Field(description="Shares are in 0…1, other figures in the unit of their name.")
@@ -61,7 +63,7 @@ class Result(BaseModel):
 
 
 def settings_of(benchmark: Benchmark, config: EvalConfig) -> dict[str, Any]:
-    chosen = config.model_dump(mode="json", include=set(SETTINGS))
+    chosen = config.model_dump(mode="json", include={*SETTINGS, *(["judge"] if benchmark.task == "captioning" else [])})
     return {**chosen, "benchmark": benchmark.model_dump(mode="json", exclude={"data", "annotations"})}
 
 
@@ -79,7 +81,7 @@ def build(
         tokenizer={"name": encoder.tokenizer, "context_length": encoder.context_length},
         data=dict(data),
         scores={name: Score(**figure.shown(seed=config.seed)) for name, figure in outcome.figures.items()},
-        interval=interval_about(config.seed),
+        interval=interval_about(config.seed, str(outcome.about.get("unit", "an image"))),
         counts=dict(outcome.counts),
         about=outcome.about,
         details=outcome.details,
@@ -88,8 +90,8 @@ def build(
     )
 
 
-def interval_about(seed: int) -> dict[str, Any]:
-    return {"method": "percentile bootstrap over images", "level": LEVEL, "resamples": RESAMPLES, "seed": seed}
+def interval_about(seed: int, unit: str = "an image with all of its texts") -> dict[str, Any]:
+    return {"method": "percentile bootstrap", "unit": unit, "level": LEVEL, "resamples": RESAMPLES, "seed": seed}
 
 
 def environment(encoder: Encoder, config: EvalConfig) -> dict[str, Any]:
@@ -129,7 +131,9 @@ def write(folder: Path, result: Result, *, inputs: Mapping[str, str]) -> Path:
     path = folder / f"{result.benchmark}.json"
     with ledger.readable_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result.model_dump(mode="json", exclude_none=True), indent=1, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(
+            result.model_dump(mode="json", exclude_none=True), indent=1, sort_keys=True, ensure_ascii=False
+        )
         ledger.part(path).write_text(text + "\n", encoding="utf-8")
         counts = result.counts
         ledger.commit(folder, result.benchmark, [path.name], inputs=inputs, config=result.settings, counts=counts)

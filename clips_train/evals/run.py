@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ class _Evaluation:
             found |= {f"{benchmark.name}_{name}": score.value for name, score in scored.scores.items()}
         if not found:
             raise UserError(
-                f"There is nothing to score on: {self.shards} holds no shards and no --benchmark was given. Give one as "
-                "--benchmark NAME=PATH, or --work the folder that holds shards/."
+                f"There is nothing to score on: {self.shards} holds no shards and no --benchmark was given. Give one "
+                "as --benchmark NAME=PATH, or --work the folder that holds shards/."
             )
         return found
 
@@ -137,10 +138,32 @@ class _Evaluation:
         settings = result.settings_of(benchmark, self.config)
         if ledger.is_done(out, benchmark.name, inputs=inputs, config=settings, overwrite=self.overwrite):
             return result.read(out / f"{benchmark.name}.json")
-        outcome = _task(benchmark)(model.encoder, data, self.config, benchmark)
+        outcome = self._task(benchmark)(model.encoder, data, self.config, benchmark)
         found = result.build(benchmark, model.encoder, data.about, outcome, self.config, result.command_line())
         result.write(out, found, inputs=inputs)
         return found
+
+    def _task(self, benchmark: Benchmark) -> Task:
+        from clips_train.evals import captioning, compositionality, retrieval, zero_shot
+
+        if benchmark.task == "captioning":
+            return partial(captioning.score, judge=self.judge)
+        tasks: Mapping[str, Task] = {
+            "retrieval": retrieval.score,
+            "zero_shot": zero_shot.score,
+            "compositionality": compositionality.score,
+        }
+        assert benchmark.task is not None
+        return tasks[benchmark.task]
+
+    @cached_property
+    def judge(self) -> Encoder | None:
+        """The model that CLIPScore asks, where it is not the one that is scored."""
+        config = self.config
+        if config.judge is None:
+            return None
+        (named,) = encoders.find([config.judge], (), self.shards.parent / "runs")
+        return _Model(named, config).encoder
 
 
 class _Model:
@@ -156,19 +179,6 @@ class _Model:
             config = self._config
             self._encoder = encoders.load(self.named, config.device, config.precision, bert_vocab=config.bert_vocab)
         return self._encoder
-
-
-def _task(benchmark: Benchmark) -> Task:
-    from clips_train.evals import captioning, compositionality, retrieval, zero_shot
-
-    tasks: Mapping[str, Task] = {
-        "retrieval": retrieval.score,
-        "zero_shot": zero_shot.score,
-        "captioning": captioning.score,
-        "compositionality": compositionality.score,
-    }
-    assert benchmark.task is not None
-    return tasks[benchmark.task]
 
 
 def retrieval_by_queries(
