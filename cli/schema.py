@@ -1,6 +1,6 @@
-"""``manifest.schema.json``: the JSON schema by which editors check and complete manifests.
+"""``manifest.schema.json``, by which editors check and complete manifests, and ``eval.schema.json`` of eval's results.
 
-Made from the stages' configs: ``python -m cli.schema`` in a checkout writes the file anew.
+Made from the configs and the result class: ``python -m cli.schema`` in a checkout writes the files anew.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from .manifest_reader import REPEATED
 from .stages import STAGES
 
 FILE: Final = "manifest.schema.json"
+EVAL_FILE: Final = "eval.schema.json"
 
 
 def manifest_schema() -> dict[str, Any]:
@@ -97,9 +98,18 @@ def manifest_schema() -> dict[str, Any]:
     }
 
 
-def schema_text() -> str:
-    return json.dumps(manifest_schema(), indent=1, ensure_ascii=False) + "\n"
+def eval_schema() -> dict[str, Any]:
+    """The schema of what ``clips eval`` writes for each benchmark."""
+    from clips_train.evals.result import Result
+
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "clips evaluation result"}
+    return {**Result.model_json_schema(), **about}
+
+
+def schema_text(schema: dict[str, Any]) -> str:
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
-    packaged_file(FILE).write_text(schema_text())
+    packaged_file(FILE).write_text(schema_text(manifest_schema()))
+    packaged_file(EVAL_FILE).write_text(schema_text(eval_schema()))

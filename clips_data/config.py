@@ -37,7 +37,8 @@ class DownloadConfig(StageConfig):
     )
     caption_column: str | None = Field(
         "auto",
-        description="Column that holds the web caption; auto takes the adapter's or caption; none for URL-only lists.",
+        description="Column that holds the web caption; auto takes the adapter's or caption; none for URL-only lists. "
+        "The demo's list has caption and, true in all it says, description.",
     )
     verify_hash: str | None = Field(
         None, description="Column with the md5, sha1 or sha256 (hex) that the downloaded bytes must have."
@@ -197,10 +198,17 @@ class ShardConfig(StageConfig):
     where: tuple[Line, ...] = Field(
         (), description="Polars SQL expression that a sample must meet, such as 'pairs.width >= 200'; may be repeated."
     )
+    exclude: str | None = Field(
+        None,
+        description="File with samples to leave out, before all other filters: the list that a report's gallery hands "
+        "out, or one key or image sha256 a line.",
+    )
     keep_top: Share | None = Field(None, description="Share of the samples to keep, those highest in `by`.")
     by: str = Field("score.web", description="Number that keep_top goes by: a polars SQL expression.")
     balance: str | None = Field(
-        None, description="File with one concept a line; captions without any go, those of frequent ones are thinned."
+        None,
+        description="File with one concept a line; captions without any go, those of frequent ones are thinned. 'demo' "
+        "is the packaged list for the demo world.",
     )
     balance_column: str = Field("web", description="Caption column in which concepts are looked for.")
     balance_cap: int = Field(20_000, gt=0, description="Samples that a concept is thinned to, about.")

@@ -1,4 +1,4 @@
-"""Which pairs go on to the shards: conditions, the best share by a score, and concept balancing, in this order.
+"""Which pairs go on to the shards: exclusions, conditions, the best share by a score, and balancing, in this order.
 
 A filter judges rows by the joined table (``Inputs.view``) and by what a pass over all shards found before. So what it
 says of a sample does not depend on the sharding, on the order of rows or on how many processes work.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from clips_data import balance, draws, executor, expressions, joined, keep_top, ledger, measure, schema
+from clips_data import balance, draws, exclude, executor, expressions, joined, keep_top, ledger, measure, schema
 from clips_data.config import ShardConfig
 from clips_data.errors import UserError, did_you_mean
 from clips_data.expressions import Expression
@@ -26,10 +26,10 @@ _UNITS_OF_TASK: Final = 16
 
 
 class Filter(Protocol):
-    """One filter. ``labels`` name those that it removes and those about which it has nothing to go by."""
+    """One filter. ``labels`` name those that it removes and perhaps those about which it has nothing to go by."""
 
     @property
-    def labels(self) -> tuple[str, str]: ...
+    def labels(self) -> tuple[str, ...]: ...
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -112,10 +112,13 @@ class Filters:
         sense, naming what is known, and for a list of concepts that cannot be read.
         """
         filters = cls(given, config.seed, config.explain)
-        if not units or not (config.where or config.keep_top is not None or config.balance is not None):
+        chosen = (config.exclude, config.where or None, config.keep_top, config.balance)
+        if not units or all(choice is None for choice in chosen):
             return filters
         known, example = _known(given, units), _example(given, units)
         filters = replace(filters, known=known)
+        if config.exclude is not None:
+            filters = filters._and(exclude.find(Path(config.exclude)))
         for text in config.where:
             condition = expressions.compiled(text, alike(known, example), option="--where", kind="condition")
             filters = filters._and(Where(condition))
@@ -221,10 +224,12 @@ def _balanced_column(config: ShardConfig) -> str:
 
 
 def inputs(config: ShardConfig, given: joined.Inputs) -> dict[str, str]:
-    """Digests of what the filters read beside ``given``: the list of concepts, and near duplicates that they name."""
+    """Digests of what the filters read beside ``given``: lists of samples and concepts, near duplicates they name."""
     from clips_data import near_duplicates
 
     found = {}
+    if config.exclude is not None:
+        found["exclude"] = exclude.file_digest(Path(config.exclude))
     if config.balance is not None:
         found["balance"] = balance.file_digest(Path(config.balance))
     if any(_NEAR_DUPLICATE in text for text in (*config.where, config.by)):

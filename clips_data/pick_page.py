@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from clips_data import joined, report
+from clips_data import joined, report_pictures
 from clips_data import report_html as h
 from clips_data.pick import Picked, Picks
 
@@ -49,7 +49,8 @@ def _card(one: Picked) -> str:
     facts = [one.place.name, *([f".txt is {one.txt}"] if one.txt else []), *([one.url] if one.url else [])]
     entries += f'<dt>From</dt><dd class="facts">{h.bar_figures(facts)}</dd>'
     alt = next((about["caption"] for about in one.captions.values() if about["caption"]), "")
-    return f"<article>{report.thumbnail(one.image, alt)}<h3>{h.text(one.key)}{value}</h3><dl>{entries}</dl></article>"
+    picture = report_pictures.thumbnail(one.image, alt)
+    return f"<article>{picture}<h3>{h.text(one.key)}{value}</h3><dl>{entries}</dl></article>"
 
 
 def _figure(value: Any) -> str:

@@ -20,7 +20,7 @@ def render(counts: dict[str, Any], work: Path) -> str:
     if not columns:
         return ""
     parts = [_overview(columns), _rules(columns), _cost(columns), _facts(facts(work, list(columns)))]
-    return "<h2>Caption columns</h2>" + "".join(part for part in parts if part)
+    return '<h2 id="columns">Caption columns</h2>' + "".join(part for part in parts if part)
 
 
 def _overview(columns: dict[str, dict[str, Any]]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import math
 import re
@@ -14,23 +16,33 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 STYLE: Final = """
 :root { color-scheme: light dark; --page: #fbfaf8; --card: #ffffff; --ink: #1d1d1f; --soft: #62646a; --line: #dedcd7;
-  --accent: #1f5fa8; --good: #1f7a4d; --tint-a: #dcebfa; --tint-b: #fdeccb; }
+  --accent: #1f5fa8; --good: #1f7a4d; --bad: #b3261e; --lost: #e7a9a1; --tint-a: #dcebfa; --tint-b: #fdeccb; }
 @media (prefers-color-scheme: dark) { :root { --page: #161719; --card: #1f2124; --ink: #e9e8e6; --soft: #a3a5aa;
-  --line: #36383c; --accent: #7fb3ee; --good: #6cc79a; --tint-a: #1d3f60; --tint-b: #59430f; } }
+  --line: #36383c; --accent: #7fb3ee; --good: #6cc79a; --bad: #f2a49e; --lost: #7d3b36;
+  --tint-a: #1d3f60; --tint-b: #59430f; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 4px; }
-h2 { font-size: 1.2rem; margin: 44px 0 10px; }
+h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 52px 0 10px; scroll-margin-top: 12px; } header p { margin: 0; }
+nav { margin: 22px 0 0; display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: .92rem; }
+a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
+code, pre { font: .88em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+pre { margin: 0 0 14px; padding: 12px 14px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  overflow-x: auto; max-height: 34em; } details { margin: 0 0 14px; } summary { cursor: pointer; color: var(--accent); }
+details pre { margin-top: 8px; }
 h3 { font-size: .95rem; margin: 0 0 6px; } h3 .soft { font-weight: 400; }
 p { margin: 0 0 10px; max-width: 72ch; } .soft, caption, .num small { color: var(--soft); }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0 0; }
-.tile { flex: 1 1 150px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(158px, 1fr)); gap: 12px; margin: 20px 0 0; }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: 12px 14px; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.25; font-weight: 650; font-variant-numeric: tabular-nums; }
 .tile span { display: block; color: var(--soft); font-size: .85rem; line-height: 1.35; }
-.scroll { overflow-x: auto; margin: 0 0 18px; }
+.scroll { overflow-x: auto; margin: 0 0 18px; } svg.bars + .scroll { margin-top: 18px; }
+tbody th { font-weight: 500; } .loss { padding-left: 18px; } .loss { color: var(--soft); font-weight: 400; }
+.notes { margin: -6px 0 18px; padding-left: 18px; color: var(--soft); font-size: .88rem; } .spaced { margin: 0 0 20px; }
+h3.removed { margin: 18px 0 8px; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 caption { text-align: left; padding: 0 0 4px; }
 th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: baseline; }
@@ -42,8 +54,12 @@ svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft);
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .raw { stroke: var(--accent); opacity: .3; }
 svg .mean { stroke: var(--accent); stroke-width: 2; } svg path { fill: none; stroke-linejoin: round; }
 .legend { display: flex; flex-wrap: wrap; gap: 6px 18px; color: var(--soft); font-size: .88rem; margin: 0 0 14px; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 16px; }
-article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)); gap: 16px; }
+article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden;
+  display: flex; flex-direction: column; }
+.small article img { height: 150px; } .absent { padding: 14px 14px 0; margin: 0; }
+.first { display: flex; gap: 6px; flex-wrap: wrap; }
+article .first img { width: auto; height: 72px; border-radius: 4px; }
 article img { display: block; width: 100%; height: 220px; object-fit: contain; background: var(--line); }
 article dl { margin: 0; padding: 12px 14px 14px; font-size: .92rem; }
 dt { color: var(--soft); font-size: .8rem; margin-top: 8px; } dt:first-child { margin-top: 0; }
@@ -52,25 +68,46 @@ mark { color: inherit; border-radius: 3px; padding: 1px 3px; box-decoration-brea
   -webkit-box-decoration-break: clone; }
 mark.a { background: var(--tint-a); } mark.b { background: var(--tint-b); }
 footer { margin-top: 48px; color: var(--soft); font-size: .85rem; }
+@media (max-width: 600px) { .small article { flex-direction: row; } .small article img { width: 34%; height: auto;
+  object-position: top; flex: none; align-self: stretch; } .small dd { max-height: 7.6em; }
+  tbody th { min-width: 8.5em; } }
 """
 
 
-def page(title: str, body: str, style: str = "") -> str:
-    """A whole HTML document that may load nothing from anywhere, with further rules of style."""
+def page(title: str, body: str, style: str = "", script: str = "") -> str:
+    """A whole HTML document that may load nothing from anywhere, with further rules of style.
+
+    Its policy lets no script run but ``script``, which it names by its hash.
+    """
+    named = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    scripts = f"; script-src 'sha256-{named}'" if script else ""
+    at_end = f"<script>{script}</script>\n" if script else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">\n"
+        f"style-src 'unsafe-inline'{scripts}; base-uri 'none'; form-action 'none'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n'
         f"<title>{text(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<body>\n<main>\n{body}\n</main>\n{at_end}</body>\n</html>\n"
     )
 
 
 def text(value: object) -> str:
     """``value`` for HTML: escaped, control characters out, line breaks and tabs as spaces."""
     return html.escape(_CONTROL.sub("", re.sub(r"[\t\r\n]+", " ", str(value))))
+
+
+def line(value: str) -> str:
+    """One line of code, its spaces kept."""
+    return html.escape(_CONTROL.sub("", value))
+
+
+def contents(body: str) -> str:
+    """Links to the sections of ``body`` that have a name."""
+    found = re.findall(r'<h2 id="([a-z]+)">([^<]+)</h2>', body)
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in found)
+    return f'<nav aria-label="Sections">{links}</nav>' if len(found) > 1 else ""
 
 
 def caption(value: str) -> str:
@@ -159,7 +196,7 @@ def curve(title: str, points: Sequence[tuple[float, float]], *, x_label: str) ->
     for x in x_ticks:
         at, _ = place(x, low)
         anchor = "end" if at > WIDTH - 30 else "middle"
-        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="{anchor}">{_short(x)}</text>')
+        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="{anchor}">{short(x)}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">{text(x_label)}</text>')
     for name, series in (("raw", points), ("mean", means)):
         line = "L".join(f"{px:.1f} {py:.1f}" for px, py in (place(x, y) for x, y in thin(series)))
@@ -192,7 +229,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:g}{unit}"

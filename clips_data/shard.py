@@ -11,7 +11,7 @@ import contextlib
 import time
 from pathlib import Path
 
-from clips_data import dataset_facts, executor, joined, ledger, locks, schema
+from clips_data import dataset_facts, exclude, executor, joined, ledger, locks, schema
 from clips_data.config import ShardConfig
 from clips_data.errors import UserError
 from clips_data.executor import Job, Report
@@ -35,6 +35,7 @@ def run(config: ShardConfig, job: Job) -> Report:
     if given.left_out:
         report.facts["left_out_as_duplicates"] = sum(len(keys) for keys in given.left_out.values())
     _check_mix(config, given)
+    _tell_unknown(config, given, report)
     out = job.out or job.work / schema.SHARDS
     with ledger.readable_disk_errors(out), contextlib.ExitStack() as held:
         if not job.dry_run:  # a second process on the same slice would plan, and on another slicing write, the same
@@ -73,6 +74,19 @@ def _without_absent_scores(config: ShardConfig, work: Path, report: Report) -> S
         return config
     report.facts["scores"] = f"none carried: {work / schema.SCORES / absent[0]} does not exist"
     return config.model_copy(update={"scores": tuple(name for name in config.scores if name not in absent)})
+
+
+def _tell_unknown(config: ShardConfig, given: joined.Inputs, report: Report) -> None:
+    """Samples on the list that are not there: of another download, or mistyped."""
+    if config.exclude is None:
+        return
+    unknown, listed = exclude.num_unknown(Path(config.exclude), given.pairs, given.units)
+    report.facts["exclude"] = f"{listed} samples listed, {unknown} of them unknown"
+    if unknown:
+        report.notes.append(
+            f"{unknown} of {listed} samples in {config.exclude} are in none of the {len(given.units)} shards of "
+            f"{given.pairs}"
+        )
 
 
 def _check_mix(config: ShardConfig, given: joined.Inputs) -> None:

@@ -33,6 +33,8 @@ class Generation:
     dropped: int
     removed: list[tuple[str, int]] = field(default_factory=list)
     """What each filter removed, in their order."""
+    examples: list[tuple[str, list[str]]] = field(default_factory=list)
+    """Keys of a few samples that it removed, for each filter that removed any."""
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 TRAIN, HELDOUT = SPLITS = ("train", "heldout")
 PRELOAD: Final = ("polars", "pyarrow.parquet", "clips_data.shard_plan")
+EXAMPLES_KEPT: Final = 3
+"""Examples of what each filter removed that are found in any case: the index of the shards names them."""
 _OVERHEAD_BYTES: Final = 3072
 """About what a sample takes in a tar beside its image and texts: three headers, padding, the rest of its json."""
 _HELDOUT_DRAW: Final = "heldout_draw"
@@ -71,7 +73,9 @@ class Plan:
     dropped: int
     removed: dict[str, int]
     """What each filter removed, in their order."""
+
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Some of the removed, by filter: ``explain`` of them, and not fewer than ``EXAMPLES_KEPT``."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def draw_plan(
     A sample is dropped when a filter removes it or no column has a caption for it. ``first_tar`` is the number of the
     first tar of each split. Raises ``UserError`` when nothing is left and there are no tars before.
     """
+    config = config.model_copy(update={"explain": max(config.explain, EXAMPLES_KEPT)})
     filters = Filters.prepare(config, given, given.units, num_processes=num_processes)
     num_rows = {unit: _num_rows(given.pairs, unit) for unit in given.units}
     total = sum(num_rows.values())
@@ -124,7 +129,7 @@ def draw_plan(
     work = functools.partial(_spool, planning=planning)
     tasks = list(_tasks(num_rows))
     for spooled in executor.map_units(work, tasks, num_processes=num_processes, preload=PRELOAD):
-        _add(found, spooled)
+        _add(found, spooled, config)
     if _limited(held_out):
         _choose_candidates(planning)
     grows = any((first_tar or {}).values())
@@ -133,7 +138,7 @@ def draw_plan(
     order = {split: _sort(spools[split], folder / split, num_processes) for split in SPLITS}
     tars = [tar for split in SPLITS for tar in _cut(config, split, order[split], (first_tar or {}).get(split, 0))]
     removed = {name: found.removed[name] for name in filters.names}
-    return Plan(tars, order, found.num_rows, found.dropped, removed, _lowest(found.examples, config))
+    return Plan(tars, order, found.num_rows, found.dropped, removed, found.examples)
 
 
 _CANDIDATES: Final = "candidates"
@@ -183,7 +188,7 @@ def _spool(units: tuple[str, ...], planning: _Planning) -> _Spooled:
         found.dropped += len(rows) - len(usable)
         found.removed.update(kept.removed)
         for name, examples in kept.examples.items():
-            found.examples.setdefault(name, []).extend(examples)
+            found.examples[name] = _first([*found.examples.get(name, []), *examples], planning.config)
         tables.append(usable)
     rows = pl.concat(tables)
     seed = planning.config.seed
@@ -316,20 +321,17 @@ def _known(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _add(found: _Spooled, more: _Spooled) -> None:
+def _add(found: _Spooled, more: _Spooled, config: ShardConfig) -> None:
     found.num_rows += more.num_rows
     found.dropped += more.dropped
     found.removed.update(more.removed)
     for name, examples in more.examples.items():
-        found.examples.setdefault(name, []).extend(examples)
+        found.examples[name] = _first([*found.examples.get(name, []), *examples], config)
 
 
-def _lowest(examples: Mapping[str, list[dict[str, Any]]], config: ShardConfig) -> dict[str, list[dict[str, Any]]]:
-    """Of the examples of all shards those that are drawn first, so that they do not depend on the sharding."""
-    return {
-        name: sorted(rows, key=lambda row: draws.uniform(config.seed, "explain", 0, row["key"]))[: config.explain]
-        for name, rows in examples.items()
-    }
+def _first(rows: list[dict[str, Any]], config: ShardConfig) -> list[dict[str, Any]]:
+    """Of the examples of several shards those that are drawn first, so that they do not depend on the sharding."""
+    return sorted(rows, key=lambda row: draws.uniform(config.seed, "explain", 0, row["key"]))[: config.explain]
 
 
 def _nothing_left(found: _Spooled, given: joined.Inputs) -> str:

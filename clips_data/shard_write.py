@@ -49,8 +49,14 @@ class Writing:
 
 
 def config_of(config: ShardConfig) -> dict[str, Any]:
-    """The part of the config that decides what is in the tars; a list of concepts by its name, wherever it lies."""
-    decisive = config.model_dump(mode="json", exclude=set(_ONLY_TOLD))
+    """The part of the config that decides what is in the tars; lists by their names, wherever they lie.
+
+    Without a list of samples to leave out it is what it was before there could be one, so that older tars stay as they
+    are.
+    """
+    decisive = config.model_dump(mode="json", exclude={*_ONLY_TOLD, "exclude"})
+    if config.exclude is not None:
+        decisive["exclude"] = Path(config.exclude).name
     return decisive | {"balance": Path(config.balance).name if config.balance is not None else None}
 
 

@@ -17,7 +17,7 @@ from clips_data.dataset_card import RARE
 from clips_data.errors import ResumeRefused
 from clips_data.executor import Job, Report
 from clips_data.shard_index import Generation
-from clips_data.shard_plan import HELDOUT, SPLITS, Plan, Tar, draw_plan
+from clips_data.shard_plan import EXAMPLES_KEPT, HELDOUT, SPLITS, Plan, Tar, draw_plan
 from clips_data.shard_write import Writing, config_of, write_tar
 from clips_data.shuffle import Sorted
 
@@ -165,7 +165,8 @@ class Sharding:
                 self.report.facts["shards_missing"] = len(missing)
                 self._note(Generation([tar.unit for tar in plan.tars if tar.unit not in missing], 0, 0))
                 return None
-            return Generation([tar.unit for tar in plan.tars], plan.num_rows, plan.dropped, list(plan.removed.items()))
+            removed, examples = list(plan.removed.items()), _keys(plan.examples)
+            return Generation([tar.unit for tar in plan.tars], plan.num_rows, plan.dropped, removed, examples)
 
     def _write_index(self, named: list[list[str]], made: list[Generation]) -> None:
         about = dataset_facts.gather(self._given([unit for units in named[: len(made)] for unit in units]), self.config)
@@ -188,7 +189,7 @@ class Sharding:
                 continue
             self.report.notes.append(f"{name}: removed {removed} of {left}")
             left -= removed
-            for example in plan.examples.get(name, []):
+            for example in plan.examples.get(name, [])[: self.config.explain]:
                 self.report.notes.append(f"  {_one_line(example)}")
 
     def _strangers(self, others: list[Generation], plan: Plan) -> list[str]:
@@ -263,6 +264,10 @@ def _heldout_images(out: Path, made: list[Generation]) -> frozenset[str]:
     if not files:
         return frozenset()
     return frozenset(pl.scan_parquet(files, glob=False).select("sha256").collect()["sha256"])
+
+
+def _keys(examples: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, list[str]]]:
+    return [(name, [row["key"] for row in rows[:EXAMPLES_KEPT]]) for name, rows in sorted(examples.items())]
 
 
 def _one_line(example: Mapping[str, Any]) -> str:

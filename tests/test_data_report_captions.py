@@ -88,7 +88,7 @@ def test_hostile_names_stay_text_on_the_page(tmp_path: Path) -> None:
     write_figures(tmp_path, "synthetic", device=HOSTILE, engine=HOSTILE)
     page = report.run(ReportConfig(), Job(work=tmp_path, quiet=True)).units[0].read_text()
     assert "<script" not in page and "\x1b" not in page
-    assert page.count("&lt;script&gt;alert(1)") == 3
+    assert page.count("&lt;script&gt;alert(1)") == 4  # flag, engine, and its device at two places
     assert "Caption columns" in page
 
 

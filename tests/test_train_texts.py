@@ -111,7 +111,7 @@ def test_a_column_that_the_shards_lack_is_named_with_the_nearest_one(change: dic
 
 
 def test_a_column_to_shear_by_must_be_there() -> None:
-    with pytest.raises(UserError, match="no caption column 'wed'.*'web'"):
+    with pytest.raises(UserError, match=r"no caption column 'wed'.*'web'"):
         texts_of(sample(), views=[{"from": "synthetic", "length_of": "wed"}])
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from clips_data import report
 from clips_data import report_html as h
+from clips_data import report_pictures
 from clips_data.recaption import compare_table
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _sample(one: Shown, names: Sequence[str]) -> str:
         "Web caption": h.caption(one.web) or '<span class="soft">none</span>',
         "Sample": h.bar_figures(sample),
     }
-    source = f'<div class="source">{report.thumbnail(one.row.image, one.web)}{_listed(entries)}</div>'
+    source = f'<div class="source">{report_pictures.thumbnail(one.row.image, one.web)}{_listed(entries)}</div>'
     cells = "".join(_said(name, outputs) for name, outputs in zip(names, one.said, strict=True))
     return f'<article class="sample">{source}<div class="said">{cells}</div></article>'
 

@@ -125,7 +125,7 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], config: EvalConfig, *, q
 def _finite(features: Tensor, encoder: Encoder) -> Tensor:
     """On the CPU. Nothing is above what is not a number, so that such features would be found first."""
     features = features.cpu()
-    if wrong := 0 * int((~features.isfinite()).any(1).sum()):
+    if wrong := int((~features.isfinite()).any(1).sum()):
         raise UserError(
             f"{encoder.named.name} gave features that are no numbers, for {wrong} of {len(features)} inputs. Evaluate it "
             "with precision fp32; where that does not help, its training has diverged."
