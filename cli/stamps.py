@@ -137,15 +137,30 @@ def digest_tree(folder: Path) -> str:
 
 
 def digest_watched(path: Path) -> str:
-    """Identifies a user's file or folder: small files by content, large ones by size and time of change."""
+    """Identifies a user's file or folder: small files by content, large ones by size and time of change.
+
+    Of YAML the values count, so that a comment in a prompt file makes nothing out of date.
+    """
     from clips_data.ledger import digest_file, digest_json
 
+    if path.suffix == ".yaml" and path.is_file():
+        return digest_json(_values_of(path))
     about: dict[str, Any] = {}
     for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
         state = file.stat()
         hashed = state.st_size < HASHED_BELOW_BYTES
         about[file.relative_to(path).as_posix()] = digest_file(file) if hashed else [state.st_size, state.st_mtime_ns]
     return digest_json(about)
+
+
+def _values_of(path: Path) -> Any:
+    import yaml
+
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return yaml.load(text, yaml.BaseLoader)  # every value a text: dates would be no JSON
+    except yaml.YAMLError:  # told where the file is used
+        return text
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int]]:

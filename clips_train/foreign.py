@@ -42,7 +42,7 @@ SCAN_PROCESSES: Final = 8
 TARS_PER_PROCESS: Final = 4
 """With fewer tars to index than this for each, a process takes longer to start than it saves."""
 
-_NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)")
+MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)")
 _NOT_OF_A_SAMPLE = re.compile(r"__[^/]*__(?:$|/)")
 """Both as webdataset has them."""
 _PATTERN = re.compile(r"[*?\[{]")
@@ -280,12 +280,12 @@ class _Scan:
         self._row: dict[str, Any] = {}
         self._exts: set[str] = set()
         with path.open("rb") as file:
-            for member in _members(file, path):
+            for member in members(file, path):
                 self._add(file, member)
             self._finish()
 
     def _add(self, file: BinaryIO, member: tarfile.TarInfo) -> None:
-        name = _NAME.fullmatch(member.name)
+        name = MEMBER_NAME.fullmatch(member.name)
         if not member.isreg() or _NOT_OF_A_SAMPLE.match(member.name) or name is None:
             self.ignored["no_plain_file" if not member.isreg() else "no_extension"] += 1
             return
@@ -333,7 +333,7 @@ class _Scan:
         self.columns += Counter()  # drops what counts nothing
 
 
-def _members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
+def members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
     """The members of a tar with their places, long names of all kinds resolved."""
     file_bytes = os.fstat(file.fileno()).st_size
     try:

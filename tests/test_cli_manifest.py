@@ -378,3 +378,20 @@ def test_a_signed_address_of_a_list_is_written_down_without_its_signature(folder
     written = [path.read_text() for path in ours if path.is_file()]
     assert any("versionId=7" in text for text in written)
     assert not any("s3cr3t" in text for text in written)
+
+
+def test_a_comment_in_a_prompt_file_makes_nothing_out_of_date(tmp_path: Path) -> None:
+    from cli.stamps import digest_watched
+
+    path = tmp_path / "prompt.yaml"
+    digests = []
+    for text in (
+        "user: Say what.\n",
+        "# Why.\nuser: Say what. # so\n",
+        "user: Say it.\n",
+        "user: 2026-01-01\n",
+        "a: [\n",
+    ):
+        path.write_text(text)
+        digests.append(digest_watched(path))
+    assert digests[0] == digests[1] and len(set(digests)) == 4

@@ -102,6 +102,10 @@ def test_evaluation_writes_scores_and_captions_of_every_held_out_sample(run: tup
     result = json.loads((folder / "eval" / "eval.json").read_text())
     assert result["schema_version"] == 1 and result["step"] == 2 and result["checkpoint"] == "step-00000002"
     assert {name: scores[name] for name in result["retrieval"]} == result["retrieval"]
+    assert result["scores"]["text_to_image_r1"].keys() == {"value", "low", "high", "chance"}
+    keys = {f"{number:09d}" for number in range(32, 40)}
+    misses = result["details"]["hardest"]
+    assert misses and all(miss["key"] in keys and miss["rank"] > 1 and set(miss["first"]) <= keys for miss in misses)
     rows = [json.loads(line) for line in (folder / "eval" / "captions.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == [f"{number:09d}" for number in range(32, 40)]
     for row in rows:

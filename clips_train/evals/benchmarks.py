@@ -21,7 +21,7 @@ KNOWN: Final[Mapping[str, Mapping[str, Any]]] = {
     # One long text an image.
     "urban1k": LONG,
     "dci": LONG,
-    "sharegpt4v": LONG,
+    "sharegpt4v": LONG | {"max_samples": 1000},  # the first rows, as Long-CLIP
     # ImageNet and the sets with its classes, or some of them.
     "imagenet": IMAGENET,
     "imagenet-v2": IMAGENET,

@@ -122,7 +122,7 @@ def _batches(encoder: Encoder, items: Sequence[Item], config: EvalConfig) -> Ite
             try:
                 pixels.append(squared(transforms.decode_whole(item.read())))
             except (OSError, transforms.BadImage) as error:
-                bad[f"images.bad.{embedding._reason(error)}"] += 1
+                bad[f"images.bad.{embedding.reason(error)}"] += 1
                 continue
             found.append(item)
         return _Batch(found, torch.stack(pixels) if pixels else None, bad)

@@ -75,7 +75,7 @@ def embed_images(
             try:
                 picture = transforms.decode_whole(reads[number]())
             except (OSError, transforms.BadImage) as error:
-                reasons[number] = _reason(error)
+                reasons[number] = reason(error)
                 continue
             pixels.append(transform(picture if prepare is None else prepare(picture)))
             found.append(number)
@@ -127,8 +127,8 @@ def _finite(features: Tensor, encoder: Encoder) -> Tensor:
     features = features.cpu()
     if wrong := int((~features.isfinite()).any(1).sum()):
         raise UserError(
-            f"{encoder.named.name} gave features that are no numbers, for {wrong} of {len(features)} inputs. Evaluate it "
-            "with precision fp32; where that does not help, its training has diverged."
+            f"{encoder.named.name} gave features that are no numbers, for {wrong} of {len(features)} inputs. Evaluate "
+            "it with precision fp32; where that does not help, its training has diverged."
         )
     return features
 
@@ -137,7 +137,7 @@ def _ranges(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _reason(error: OSError | transforms.BadImage) -> str:
+def reason(error: OSError | transforms.BadImage) -> str:
     if isinstance(error, transforms.BadImage):
         return error.reason
     return MISSING if isinstance(error, FileNotFoundError) else UNREADABLE

@@ -155,8 +155,8 @@ def _samples(tars: Sequence[Path]) -> Iterator[Sample]:
     for tar in tars:
         sample: Sample | None = None
         with tar.open("rb") as file:
-            for member in foreign._members(file, tar):
-                name = foreign._NAME.fullmatch(member.name)
+            for member in foreign.members(file, tar):
+                name = foreign.MEMBER_NAME.fullmatch(member.name)
                 if name is None or not member.isreg():
                     continue
                 if sample is None or name[1] != sample.key:

@@ -6,7 +6,7 @@ The one data set that needs no download: shards keep some images out of training
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,14 +48,16 @@ class Queries:
     """Features of one query set so far, and which image each is of, among the images that have any."""
 
     text_ME: list[Tensor] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     image_of_text_M: list[int] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
     """Numbers of these images among all."""
 
-    def add(self, image: int, num_texts: int) -> None:
-        if num_texts:
-            self.image_of_text_M.extend([len(self.images)] * num_texts)
+    def add(self, image: int, texts: Sequence[str]) -> None:
+        if texts:
+            self.image_of_text_M.extend([len(self.images)] * len(texts))
             self.images.append(image)
+            self.texts.extend(texts)
 
 
 @dataclass
@@ -64,8 +66,21 @@ class Encoded:
 
     queries: dict[str, Queries]
     image_NE: list[Tensor] = field(default_factory=list)
-    num_images: int = 0
+    keys: list[str] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.keys)
+
+    def hardest(self, name: str) -> list[dict[str, Any]]:
+        """The texts of a query set whose image is found last, as ``retrieval.hardest`` tells them."""
+        queries = self.queries[name]
+        image_NE, text_ME = torch.cat(self.image_NE)[queries.images], torch.cat(queries.text_ME)
+        image_of_text_M = torch.tensor(queries.image_of_text_M)
+        ranks_M = retrieval.text_to_image_ranks(image_NE, text_ME, image_of_text_M)
+        keys = [self.keys[number] for number in queries.images]
+        return retrieval.hardest(image_NE, text_ME, image_of_text_M, ranks_M, keys, queries.texts)
 
     def figures(self) -> dict[str, dict[str, Figure]]:
         """Of each query set, among the images that have texts of it."""
@@ -173,10 +188,10 @@ def _encode_batch(encoder: Encoder, samples: list[Sample], config: EvalConfig, e
     for name, queries in encoded.queries.items():
         texts = [text for sample in samples for text in sample.queries[name]]
         for number, sample in enumerate(samples, start=encoded.num_images):
-            queries.add(number, len(sample.queries[name]))
+            queries.add(number, sample.queries[name])
         if texts:
             queries.text_ME.append(encoder.text_features(texts).cpu())
-    encoded.num_images += len(samples)
+    encoded.keys.extend(sample.key for sample in samples)
     trained = encoder.trained
     if config.captions and trained is not None and trained.model.decoder is not None:
         web = [sample.about.get(config.web_column, "") for sample in samples]

@@ -71,7 +71,11 @@ def score(encoder: Encoder, data: DataSet, config: EvalConfig, benchmark: Benchm
             "figures_left_out": {name: "any ranking scores 1" for name in certain},
             "text_lengths": text_lengths.about(encoder, texts),
         },
-        details={"hardest": _hardest(pictures.image_NE, text_ME, image_of_text_M, text_ranks_M, items, texts)},
+        details={
+            "hardest": hardest(
+                pictures.image_NE, text_ME, image_of_text_M, text_ranks_M, [item.key for item in items], texts
+            )
+        },
     )
 
 
@@ -81,26 +85,26 @@ def _counts(items: Sequence[Item], benchmark: Benchmark) -> Counter[str]:
     return counts + Counter(f"images.with_{len(item.texts)}_captions" for item in items if len(item.texts) < wanted)
 
 
-def _hardest(
+def hardest(
     image_NE: Tensor,
     text_ME: Tensor,
     image_of_text_M: Tensor,
     ranks_M: Tensor,
-    items: Sequence[Item],
+    keys: Sequence[str],
     texts: Sequence[str],
 ) -> list[dict[str, Any]]:
     """The texts whose image is found last, with its rank from 1 and the images that come first instead."""
-    hardest = [number for number in ranks_M.argsort(descending=True, stable=True)[:NUM_HARDEST].tolist()]
-    hardest = [number for number in hardest if ranks_M[number] >= 1]
-    first_QK = (text_ME[hardest] @ image_NE.T).topk(min(NUM_FIRST, len(items)), dim=1).indices
+    last = [number for number in ranks_M.argsort(descending=True, stable=True)[:NUM_HARDEST].tolist()]
+    last = [number for number in last if ranks_M[number] >= 1]
+    first_QK = (text_ME[last] @ image_NE.T).topk(min(NUM_FIRST, len(keys)), dim=1).indices
     return [
         {
             "text": texts[number] if len(texts[number]) <= SHOWN_CHARS else texts[number][:SHOWN_CHARS] + "…",
-            "key": items[int(image_of_text_M[number])].key,
+            "key": keys[int(image_of_text_M[number])],
             "rank": float(ranks_M[number]) + 1,
-            "first": [items[place].key for place in first_K],
+            "first": [keys[place] for place in first_K],
         }
-        for number, first_K in zip(hardest, first_QK.tolist(), strict=True)
+        for number, first_K in zip(last, first_QK.tolist(), strict=True)
     ]
 
 

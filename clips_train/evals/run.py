@@ -234,6 +234,7 @@ def _heldout_result(
             for queries, figures in found.items()
             for name, figure in figures.items()
         },
+        "details": {"hardest": encoded.hardest(config.queries[0])},
         "interval": result.interval_about(config.seed),
         "environment": result.environment(model.encoder, config),
     }

@@ -19,7 +19,7 @@ def about(encoder: Encoder, texts: Sequence[str]) -> dict[str, Any]:
         return {"known": False, "why": f"the tokenizer {encoder.tokenizer!r} does not tell how long a text is uncut"}
     num_tokens = sorted(tokenizer.num_tokens(text) for text in texts)
     budget = tokenizer.budget(encoder.context_length)
-    cut = sum(number > 1000 for number in num_tokens)
+    cut = sum(number > budget for number in num_tokens)
     return {
         "known": True,
         "tokens_read": budget,
