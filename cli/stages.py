@@ -323,8 +323,8 @@ STAGES: Final[dict[str, Stage]] = {
             "clips_train.export:export",
             folder=lambda config, run: f"runs/{run}/export",
             reads=lambda config, run: ["shards", f"runs/{run}"],
-            about="Each format is loaded by its own library and compared with ours; a difference above --tolerance is an "
-            "error.",
+            about="Each format is loaded by its own library and compared with ours; a difference above --tolerance is "
+            "an error.",
             example="clips export --name first --work quickstart",
             options=IN_RUN_OPTIONS,
             call=_call_export,
