@@ -114,7 +114,8 @@ def find_manifest(name: str) -> Found:
     if name in packaged:
         return Found(f"{name}.yaml", packaged[name], packaged_file(name).parent)
     kind = "no such file" if path.suffix in (".yaml", ".yml") or "/" in name else "no such file or packaged manifest"
-    raise UserError(f"There is no manifest {name!r}: {kind}. {did_you_mean(path.stem, packaged)}")
+    nearest = did_you_mean(name if name.startswith("recipes/") else path.stem, packaged)
+    raise UserError(f"There is no manifest {name!r}: {kind}. {nearest}")
 
 
 def packaged_manifests() -> dict[str, str]:

@@ -212,7 +212,8 @@ class Reader:
             names = self._value(node)
             for stage in names if isinstance(names, list) else [names]:
                 if stage not in stages:
-                    self._fail(at, f"without: {reader.source} has no stage {stage!r}. {did_you_mean(stage, stages)}")
+                    near = did_you_mean(stage, stages)
+                    self._fail(at, f"without: {reader.source} has no stage {stage!r}. {near}", end="")
                 del stages[stage]
         return stages
 
@@ -330,7 +331,9 @@ class Reader:
         for key_node, value in node.value:
             key, place = str(key_node.value), self._place(key_node)
             if known is not None and key not in known:
-                self._fail(place, f"{what} has no key {key!r}. {did_you_mean(key, known)}", end="")
+                inside = "stages" in known and key.partition(" ")[0] in STAGES
+                near = f"It is a stage; write it under `stages`, as `stages: {{{key}: …}}`." if inside else ""
+                self._fail(place, f"{what} has no key {key!r}. {near or did_you_mean(key, known)}", end="")
             if key in found:
                 self._fail(place, f"{key!r} is given a second time; it was first at {found[key][0]}")
             found[key] = (place, value)

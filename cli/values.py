@@ -135,6 +135,8 @@ def written_path(value: Any, path: Sequence[Any]) -> list[str]:
         if in_list or (isinstance(value, Mapping) and part in value):
             value = value[part]
             parts.append(str(part))
+        elif isinstance(value, str) and parts:  # short for a mapping; what is in it is named though it was not written
+            parts.append(str(part))
     return parts
 
 

@@ -189,7 +189,8 @@ def _num_workers(config: DownloadConfig, job: Job) -> int:
         )
     if not job.quiet:
         rate = f" and {config.host_rate:g} requests/s" if config.host_rate else ""
-        text = f"at most {config.host_connections} connections{rate} to one host, shared by {workers} workers"
+        shared = f", shared by {workers} workers" if workers > 1 else ""
+        text = f"at most {config.host_connections} connections{rate} to one host{shared}"
         print(f"download: {text}", file=sys.stderr)
     return workers
 

@@ -2,11 +2,12 @@
 
     python -m clips_data.demo.captioner --out weights/ [--start EARLIER]
 
-Two phases. First the vision tower alone learns the truth of each place (which shape, colour, size, texture stands
-there), because a captioner trained from scratch learns the form of the sentences long before their facts. Then tower,
-projector and language model learn the packaged prompts' answers together, with the first loss kept as a weak second
-one. At first they also learn to say a text again, without which no fusing and no rewriting begins. An earlier captioner
-to start from spares the first phase: its tower is kept. The result is in the Hugging Face layout that vLLM serves.
+Three phases. First the vision tower alone learns the truth of each place (which shape, colour, size, texture stands
+there), because a captioner trained from scratch learns the form of the sentences long before their facts. Then the
+language model learns to say words again: without that, fusing and rewriting did not begin within hundreds of steps. At
+last tower, projector and language model learn the packaged prompts' answers together, with the first loss kept as a
+weak second one. An earlier captioner to start from spares the first phase: its tower is kept. The result is in the
+Hugging Face layout that vLLM serves.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 IMAGE_PX, PATCH_PX, WIDTH = 96, 16, 128
 TRAIN_WORLD: Final = tasks_tokens.TRAIN_WORLD
+PHASES: Final = ("tower", "copy", "caption")
 PART: Final = 16  # rows that go through the model together
-COPY_STEPS: Final = 400
 HEADS = {
     "shape": scenes.SHAPES,
     "colour": tuple(scenes.COLOURS),
@@ -143,6 +144,7 @@ def train(
     out: Path,
     num_scenes: int,
     tower_steps: int,
+    copy_steps: int,
     caption_steps: int,
     batch: int,
     peak_rate: float,
@@ -170,10 +172,10 @@ def train(
     model.to(device)
     heads.linear.to(device)
     special_tokens = template.special_tokens(tokenizer)
-    for phase, num_steps in (("tower", tower_steps), ("caption", caption_steps)):
+    for phase, num_steps in zip(PHASES, (tower_steps, copy_steps, caption_steps), strict=True):
         parameters = [p for p in (*model.parameters(), *heads.linear.parameters()) if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-        rng = np.random.default_rng([seed, phase == "caption"])
+        rng = np.random.default_rng([seed, PHASES.index(phase)])
         shown, first_step = Shown(), 0
         if go_on is not None:
             state = torch.load(go_on, weights_only=True)
@@ -199,9 +201,14 @@ def train(
                 for head, accuracy in zip(HEADS, accuracies, strict=True):
                     shown.add(head, accuracy)
             else:
-                asked = [tasks_tokens.ask(tokenizer, special_tokens, int(row), f"{seed}/{step}/{row}") for row in rows]
-                num_copies = max(0, round(batch * (1 - step / COPY_STEPS)))
-                asked += tasks_tokens.copies(tokenizer, num_copies, f"{seed}/{step}")
+                drawn_by = [f"{seed}/{step}/{row}" for row in rows]
+                if phase == "copy":
+                    asked = [tasks_tokens.copy(tokenizer, drawn) for drawn in drawn_by]
+                else:
+                    asked = [
+                        tasks_tokens.ask(tokenizer, special_tokens, int(row), drawn)
+                        for row, drawn in zip(rows, drawn_by, strict=True)
+                    ]
                 # Alike in length go together, which spares padding; the gradient is that of all.
                 asked.sort(key=lambda one: one.num_tokens)
                 total_weight = sum(one.weight for one in asked)
@@ -369,6 +376,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, config, tokenizer and processor")
     parser.add_argument("--num-scenes", type=int, default=60_000, help="different training scenes")
     parser.add_argument("--tower-steps", type=int, default=700)
+    parser.add_argument("--copy-steps", type=int, default=300)
     parser.add_argument("--caption-steps", type=int, default=1_800)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--peak-rate", type=float, default=1.5e-3, help="learning rate between warm-up and decay")
