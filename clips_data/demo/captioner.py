@@ -1,38 +1,45 @@
-"""Trains the demo's captioner, a LLaVA (CLIP-style ViT, projector, Llama) of 2.4 M parameters, on scenes.
+"""Trains the demo's captioner, a LLaVA (CLIP-style ViT, projector, Llama) of 2.3 M parameters, on scenes.
 
-    python -m clips_data.demo.captioner --out weights/ [--start EARLIER]
+    python -m clips_data.demo.captioner --out weights/
 
-Three phases. First the vision tower alone learns the truth of each place (which shape, colour, size, texture stands
-there), because a captioner trained from scratch learns the form of the sentences long before their facts. Then the
-language model learns to say words again: without that, fusing and rewriting did not begin within hundreds of steps. At
-last tower, projector and language model learn the packaged prompts' answers together, with the first loss kept as a
-weak second one. An earlier captioner to start from spares the first phase: its tower is kept. The result is in the
-Hugging Face layout that vLLM serves.
+Two phases. First the vision tower alone learns the truth of each place (which shape, colour, size, texture stands
+there), because a captioner trained from scratch learns the form of the sentences long before their facts. Then tower,
+projector and language model learn the descriptions together, with the first loss kept as a weak second one. The result
+is saved in the Hugging Face layout that vLLM serves.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from clips_data.demo import scenes, tasks_tokens
-from clips_data.demo.tasks_tokens import MAX_TOKENS, NUM_IMAGE_TOKENS, Asked
-from clips_data.recaption import template
+from clips_data.demo import scenes
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from transformers import LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 IMAGE_PX, PATCH_PX, WIDTH = 96, 16, 128
-TRAIN_WORLD: Final = tasks_tokens.TRAIN_WORLD
-PHASES: Final = ("tower", "copy", "caption")
-PART: Final = 16  # rows that go through the model together
+NUM_IMAGE_TOKENS = (IMAGE_PX // PATCH_PX) ** 2
+TRAIN_WORLD = 7001  # scenes of the demo's own data sets come from other seeds
+INSTRUCTION = "Describe the picture in detail."
+PROMPT = "USER: <image>\n{instruction} ASSISTANT:"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }} "
+    "{% elif message['role'] == 'user' %}USER: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% else %} ASSISTANT: {{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
 HEADS = {
     "shape": scenes.SHAPES,
     "colour": tuple(scenes.COLOURS),
@@ -71,6 +78,39 @@ def render_pool(num_scenes: int, num_processes: int) -> tuple[np.ndarray, np.nda
     return images, labels
 
 
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most 1,024 entries, learned from the demo's texts: it can spell any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    worlds = [scenes.make_scene(TRAIN_WORLD, i) for i in range(4000)]
+    texts = [scenes.describe(s) for s in worlds] + [scenes.web_caption(s) for s in worlds]
+    texts += [PROMPT.format(instruction=INSTRUCTION)] * 200
+    specials = ["<pad>", "<s>", "</s>", "<image>"]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=1024,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>"],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
+    )
+
+
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +123,7 @@ def build_model(tokenizer: Any) -> LlavaForConditionalGeneration:
     )  # fmt: skip
     text = LlamaConfig(
         hidden_size=WIDTH, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     config = LlavaConfig(
@@ -95,11 +135,7 @@ def build_model(tokenizer: Any) -> LlavaForConditionalGeneration:
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
-    # On a CPU the plain attention trains a third faster at these lengths than the fused one.
-    model: LlavaForConditionalGeneration = LlavaForConditionalGeneration._from_config(
-        config, attn_implementation="eager"
-    )
-    return model
+    return LlavaForConditionalGeneration(config)
 
 
 class PlaceHeads:
@@ -144,14 +180,11 @@ def train(
     out: Path,
     num_scenes: int,
     tower_steps: int,
-    copy_steps: int,
     caption_steps: int,
     batch: int,
-    peak_rate: float,
     seed: int,
     num_processes: int,
-    start: Path | None = None,
-    go_on: Path | None = None,
+    init: Path | None = None,
 ) -> None:
     import numpy as np
     import torch
@@ -159,167 +192,93 @@ def train(
     torch.manual_seed(seed)
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = tasks_tokens.build_tokenizer()
-    model: Any = build_model(tokenizer)
-    heads = PlaceHeads()
-    if start is not None:
-        take_over(model, tokenizer, start)
+    tokenizer = build_tokenizer()
     images, labels = render_pool(num_scenes, num_processes)
     say(
-        f"{num_scenes} scenes rendered in {time.monotonic() - started:.0f} s; vocabulary {len(tokenizer)}; "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; device {device}"
+        f"{num_scenes} scenes rendered in {time.monotonic() - started:.0f} s; "
+        f"vocabulary {len(tokenizer)}; device {device}"
     )
+    model: Any = build_model(tokenizer)
     model.to(device)
+    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    heads = PlaceHeads()
     heads.linear.to(device)
-    special_tokens = template.special_tokens(tokenizer)
-    for phase, num_steps in zip(PHASES, (tower_steps, copy_steps, caption_steps), strict=True):
-        parameters = [p for p in (*model.parameters(), *heads.linear.parameters()) if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-        rng = np.random.default_rng([seed, PHASES.index(phase)])
-        shown, first_step = Shown(), 0
-        if go_on is not None:
-            state = torch.load(go_on, weights_only=True)
-            model.load_state_dict(state["model"])
-            heads.linear.load_state_dict(state["heads"])
-            if phase != state["phase"]:
-                continue
-            optimizer.load_state_dict(state["optimizer"])
-            first_step = state["step"]
-            go_on = None
+    parameters = [*model.parameters(), *heads.linear.parameters()]
+    texts = caption_ids(tokenizer, num_scenes)
+    if init:
+        state = torch.load(init, weights_only=True)
+        model.load_state_dict(state["model"])
+        heads.linear.load_state_dict(state["heads"])
+    for phase, num_steps, peak in (("tower", tower_steps, 1.5e-3), ("caption", caption_steps, 1.5e-3)):
+        optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+        rng = np.random.default_rng([seed, phase == "caption"])
+        recent: list[tuple[float, ...]] = []
         for step in range(num_steps):
-            rows = rng.choice(num_scenes, batch, replace=False)
-            if step < first_step:
-                continue
+            lr = peak * min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / num_steps))
             for group in optimizer.param_groups:
-                group["lr"] = peak_rate * min((step + 1) / 100, 1.0, (num_steps - step) / (0.3 * num_steps))
-            if phase == "tower":
-                pixels_BCHW, labels_BPH = pictures(images[rows], labels[rows], device)
-                with torch.autocast(device, torch.bfloat16):
-                    loss, accuracies = heads.loss(patches_of(model, pixels_BCHW), labels_BPH)
-                loss.backward()
-                shown.add("places", loss.item())
-                for head, accuracy in zip(HEADS, accuracies, strict=True):
-                    shown.add(head, accuracy)
-            else:
-                drawn_by = [f"{seed}/{step}/{row}" for row in rows]
-                if phase == "copy":
-                    asked = [tasks_tokens.copy(tokenizer, drawn) for drawn in drawn_by]
+                group["lr"] = lr
+            rows = rng.choice(num_scenes, batch, replace=False)
+            pixels_BCHW = torch.from_numpy(images[rows]).to(device).permute(0, 3, 1, 2).float().sub(127.5).div(127.5)
+            labels_BPH = torch.from_numpy(labels[rows]).to(device)
+            with torch.autocast(device, torch.bfloat16):
+                if phase == "tower":
+                    patches = model.model.vision_tower(pixels_BCHW).last_hidden_state[:, 1:]
+                    loss, accuracies = heads.loss(patches, labels_BPH)
+                    shown = (loss.item(), *accuracies)
                 else:
-                    asked = [
-                        tasks_tokens.ask(tokenizer, special_tokens, int(row), drawn)
-                        for row, drawn in zip(rows, drawn_by, strict=True)
-                    ]
-                # Alike in length go together, which spares padding; the gradient is that of all.
-                asked.sort(key=lambda one: one.num_tokens)
-                total_weight = sum(one.weight for one in asked)
-                for part in (asked[i : i + PART] for i in range(0, len(asked), PART)):
-                    with torch.autocast(device, torch.bfloat16):
-                        loss = part_loss(model, heads, part, images, labels, shown) / total_weight
-                    loss.backward()
+                    loss, shown = caption_loss(model, heads, pixels_BCHW, labels_BPH, [texts[i] for i in rows])
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            if (step + 1) % 50 == 0:
-                say(f"{phase} {step + 1}/{num_steps} {shown.means()} {time.monotonic() - started:.0f} s")
-            if (step + 1) % 100 == 0 or step + 1 == num_steps:
-                state = {"model": model.state_dict(), "heads": heads.linear.state_dict(), "phase": phase}
+            recent.append(shown)
+            if (step + 1) % 100 == 0:
+                means = " ".join(f"{sum(column) / len(column):.3f}" for column in zip(*recent, strict=True))
+                say(f"{phase} {step + 1}/{num_steps} {means} {time.monotonic() - started:.0f} s")
+                recent.clear()
+            if (step + 1) % 2000 == 0 or step + 1 == num_steps:
                 out.mkdir(parents=True, exist_ok=True)
-                torch.save({**state, "optimizer": optimizer.state_dict(), "step": step + 1}, out / "training.pt")
+                torch.save({"model": model.state_dict(), "heads": heads.linear.state_dict()}, out / "training.pt")
                 save(model, tokenizer, out)
 
 
-def take_over(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Starts from the captioner in ``folder``, whose vocabulary may be another: its tower, from then on as it is, and
-    its language model. A new token begins as the mean of those that the earlier tokenizer makes of its text.
-    """
-    import torch
-    from safetensors.torch import load_file
-    from transformers import AutoTokenizer
-
-    earlier, known = AutoTokenizer.from_pretrained(folder), load_file(folder / "model.safetensors")
-    weights = {name: known[saved].float() for name in model.state_dict() if (saved := saved_name(name)) in known}
-    table = weights.pop("model.language_model.embed_tokens.weight")
-    known_ids = earlier.get_vocab()
-    rows = []
-    for number, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
-        text = tokenizer.decode([number])
-        pieces = [known_ids[token]] if token in known_ids else earlier.encode(text, add_special_tokens=False)
-        rows.append(table[pieces].mean(0) if pieces else table.mean(0))
-    new = {"model.language_model.embed_tokens.weight": torch.stack(rows)}
-    model.load_state_dict({**weights, **new}, strict=False)
-    model.model.vision_tower.requires_grad_(False)
+def caption_ids(tokenizer: Any, num_scenes: int) -> list[tuple[list[int], list[int]]]:
+    """Per scene the ids of the prompt (with its image tokens) and of the answer."""
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    prompt: list[int] = []
+    for token in tokenizer(PROMPT.format(instruction=INSTRUCTION))["input_ids"]:
+        prompt += [image] * NUM_IMAGE_TOKENS if token == image else [token]
+    answers = [" " + scenes.describe(scenes.make_scene(TRAIN_WORLD, i)) for i in range(num_scenes)]
+    return [
+        (prompt, [*ids, tokenizer.eos_token_id]) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]
+    ]
 
 
-class Shown:
-    """Means of what training shows since it last did."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}
-
-    def add(self, name: str, total: float, weight: float = 1.0) -> None:
-        sums = self._sums.setdefault(name, [0.0, 0.0])
-        sums[0] += total
-        sums[1] += weight
-
-    def means(self) -> str:
-        text = " ".join(f"{name} {total / weight:.3f}" for name, (total, weight) in sorted(self._sums.items()))
-        self._sums.clear()
-        return text
-
-
-def pictures(images: Any, labels: Any, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels in -1…1 [B, 3, H, W] and the places' labels."""
+def caption_loss(
+    model: Any, heads: PlaceHeads, pixels_BCHW: Any, labels_BPH: Any, texts: list[tuple[list[int], list[int]]]
+) -> Any:
+    """Next-token loss on the answers plus a tenth of the places' loss; shown are both and the share of right tokens."""
     import torch
 
-    pixels_BCHW = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().sub(127.5).div(127.5)
-    return pixels_BCHW, torch.from_numpy(labels).to(device)
-
-
-def patches_of(model: Any, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-    patches: torch.Tensor = model.model.vision_tower(pixels_BCHW).last_hidden_state[:, 1:]
-    return patches  # without a gradient where the tower was taken over
-
-
-def part_loss(model: Any, heads: PlaceHeads, part: list[Asked], images: Any, labels: Any, shown: Shown) -> torch.Tensor:
-    """Next-token loss of the answers by their weights, and a tenth of the places' loss for rows with a picture."""
-    import torch
-
-    device = model.device
-    longest = max(one.num_tokens for one in part)
-    ids_BL = torch.zeros((len(part), longest), dtype=torch.long)
-    labels_BL = torch.full((len(part), longest), -100)
-    for row, one in enumerate(part):
-        ids_BL[row, : one.num_tokens] = torch.tensor(one.prompt + one.answer)
-        labels_BL[row, len(one.prompt) : one.num_tokens] = torch.tensor(one.answer)
-    ids_BL, labels_BL = ids_BL.to(device), labels_BL.to(device)
-    embeds_BLD = model.get_input_embeddings()(ids_BL)
-    seen = [one.picture for one in part if one.picture is not None]
-    place_loss = embeds_BLD.new_zeros(())
-    if seen:
-        pixels_BCHW, labels_BPH = pictures(images[seen], labels[seen], str(device))
-        patches = patches_of(model, pixels_BCHW)
-        if patches.requires_grad:  # a tower that was taken over has learned its places
-            place_loss, _ = heads.loss(patches, labels_BPH)
-            shown.add("places", place_loss.item() * len(seen), len(seen))
-        projected = model.model.multi_modal_projector(patches).to(embeds_BLD.dtype)
-        embeds_BLD = embeds_BLD.masked_scatter((ids_BL == model.config.image_token_index)[..., None], projected)
-    hidden = model.model.language_model(inputs_embeds=embeds_BLD, use_cache=False).last_hidden_state[:, :-1]
-    counted = labels_BL[:, 1:] != -100
+    longest = max(len(prompt) + len(answer) for prompt, answer in texts)
+    ids = torch.zeros((len(texts), longest), dtype=torch.long)
+    labels = torch.full((len(texts), longest), -100)
+    for row, (prompt, answer) in enumerate(texts):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    ids, labels = ids.to(pixels_BCHW.device), labels.to(pixels_BCHW.device)
+    patches = model.model.vision_tower(pixels_BCHW).last_hidden_state[:, 1:]
+    projected = model.model.multi_modal_projector(patches)
+    embeds = model.get_input_embeddings()(ids)
+    embeds = embeds.masked_scatter((ids == model.config.image_token_index)[..., None], projected.to(embeds.dtype))
+    hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]
+    counted = labels[:, 1:] != -100
     logits = model.lm_head(hidden[counted]).float()
-    losses = torch.nn.functional.cross_entropy(logits, labels_BL[:, 1:][counted], reduction="none")
-    total: torch.Tensor = 0.1 * place_loss * sum(one.weight for one in part if one.picture is not None)
-    for one, loss in zip(part, losses.split([len(one.answer) for one in part]), strict=True):
-        total = total + one.weight * loss.mean()
-        shown.add(one.task, loss.detach().sum().item(), len(loss))
-    return total
-
-
-def saved_name(name: str) -> str:
-    """How published LLaVA checkpoints call the weight ``name``."""
-    name = name.removeprefix("model.")
-    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
-        name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-    return name.replace("language_model.", "language_model.model.", 1) if name.startswith("language_model.") else name
+    target = labels[:, 1:][counted]
+    text_loss = torch.nn.functional.cross_entropy(logits, target)
+    place_loss, _ = heads.loss(patches, labels_BPH)
+    right = (logits.argmax(-1) == target).float().mean()
+    return text_loss + 0.1 * place_loss, (text_loss.item(), place_loss.item(), right.item())
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
@@ -329,17 +288,21 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
 
     weights = {}
     for name, tensor in model.state_dict().items():
-        # The head is tied to the token embedding.
-        if name != "lm_head.weight" and not name.endswith("position_ids"):
-            weights[saved_name(name)] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        if name == "lm_head.weight":  # tied to the token embedding
+            continue
+        name = name.removeprefix("model.")
+        if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+            name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        if name.startswith("language_model."):
+            name = name.replace("language_model.", "language_model.model.", 1)
+        if not name.endswith("position_ids"):
+            weights[name] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict()
     config.update(architectures=["LlavaForConditionalGeneration"], torch_dtype="bfloat16")
     (out / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, default=str) + "\n")
     tokenizer.save_pretrained(out)
-    vocabulary = out / "tokenizer.json"  # written with an indent, which would take a third of what may still be shipped
-    vocabulary.write_text(json.dumps(json.loads(vocabulary.read_text()), ensure_ascii=False, separators=(",", ":")))
     preprocessor = {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "LlavaProcessor",
@@ -376,14 +339,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, config, tokenizer and processor")
     parser.add_argument("--num-scenes", type=int, default=60_000, help="different training scenes")
     parser.add_argument("--tower-steps", type=int, default=700)
-    parser.add_argument("--copy-steps", type=int, default=300)
     parser.add_argument("--caption-steps", type=int, default=1_800)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--peak-rate", type=float, default=1.5e-3, help="learning rate between warm-up and decay")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-processes", type=int, default=2, help="processes that render scenes")
-    parser.add_argument("--start", type=Path, help="folder of an earlier captioner whose tower and layers to take over")
-    parser.add_argument("--go-on", type=Path, help="a training.pt of the same run to go on from")
+    parser.add_argument("--init", type=Path, help="a training.pt to start from")
     options = vars(parser.parse_args())
     train(**options)
 
