@@ -157,9 +157,10 @@ def _carry_out(work: Path, plan: Plan) -> Outcome:
         for unit in _still_finished(folder, plan.touched.get(folder.relative_to(work).as_posix(), [])):
             rewrite.features_unit(folder, unit, gone)
         embeddings.refresh_index(folder, lineage)
-    if gone and (work / schema.COMPARE).is_dir():
-        shutil.rmtree(work / schema.COMPARE)
-        outcome.notes.append(f"{schema.COMPARE}/ was removed, as its pages show images. Run `clips compare` again.")
+    for name, why in ((schema.COMPARE, "its pages show images"), (schema.SEARCH, "it has features of images")):
+        if gone and (work / name).is_dir():
+            shutil.rmtree(work / name)
+            outcome.notes.append(f"{name}/ was removed, as {why}. Run `clips {name}` again.")
     renamed = _renamed(work, plan)
     for folder in _stage_folders(work)[1:]:
         for unit in ledger.finished_units(folder):

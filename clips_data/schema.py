@@ -21,6 +21,9 @@ PAIRS, CAPTIONS, SCORES, SHARDS, EMBEDDINGS, RUNS = "pairs", "captions", "scores
 COMPARE: Final = "compare"
 """What recipes said about the same images; no stage reads it."""
 
+SEARCH: Final = "search"
+"""Features of shards that queries are held against; no stage reads it."""
+
 STATUS_SUCCESS: Final = "success"
 STATUSES: Final = (STATUS_SUCCESS, "failed_to_download", "failed_to_resize")
 """img2dataset's own three values, kept so that its users' scripts read our tables."""

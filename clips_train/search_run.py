@@ -19,14 +19,14 @@ from torch.nn import functional
 
 from clips_data import ledger
 from clips_data.errors import UserError, did_you_mean
-from clips_data.schema import SHARDS
+from clips_data.schema import SEARCH, SHARDS
 from clips_train import checkpoint, encoders, search_index, transforms
 from clips_train.encoders import Encoder
 from clips_train.search_store import Source, Store, up_to_date
 from clips_train.shards import ShardError, ShardReader, Split, open_split
 from clips_train.use_config import SearchConfig
 
-FOLDER: Final = "search"
+FOLDER: Final = SEARCH
 """Under the work folder."""
 SLUG_CHARS, DIGEST_CHARS = 60, 8
 

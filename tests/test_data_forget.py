@@ -204,6 +204,16 @@ def check_nothing_is_to_do(work: Path) -> None:
 # --- a host -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["compare", "search"])
+def test_what_no_stage_reads_and_shows_images_is_removed_whole(work: Path, name: str) -> None:
+    (work / name).mkdir()
+    (work / name / "page.html").write_text("")
+    assert forget(work, asked_for(hosts=["nobody.test"])).notes == []
+    assert (work / name).is_dir(), "nothing was forgotten"
+    notes = forget(work, asked_for(hosts=["bad.test"])).notes
+    assert not (work / name).exists() and any(f"clips {name}" in note for note in notes)
+
+
 def test_nothing_of_a_host_is_left_and_nothing_else_is_changed(work: Path) -> None:
     before, rows = all_samples(work), pair_rows(work)
     assert all(traces(work, number) for number in BAD), "the test finds what is there"
