@@ -81,10 +81,11 @@ def _show(results: Results, config: Any, *, quiet: bool) -> str:
         lines = lines_of(benchmark, results, compare=config.compare)
         if lines:
             heads = tuple(dict.fromkeys(head for line in lines for head in line))
-            present.say(f"\n{benchmark}\n{present.table(lines, heads)}", quiet=quiet)
+            about = about_of(benchmark, results, compare=config.compare)
+            present.say(f"\n{benchmark}: {about}\n{present.table(lines, heads)}", quiet=quiet)
             cells = [heads, ["---"] * len(heads), *([line.get(head, "") for head in heads] for line in lines)]
             rows = ("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)
-            parts.append("\n".join([f"## {benchmark}", "", *rows]))
+            parts.append("\n".join([f"## {benchmark}", "", f"{about}.", "", *rows]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -108,6 +109,24 @@ def lines_of(benchmark: str, results: Results, *, compare: bool) -> list[dict[st
             }
         )
     return lines + (_published(benchmark, shown) if compare and lines else [])
+
+
+def about_of(benchmark: str, results: Results, *, compare: bool) -> str:
+    """What the figures of a table are: of how many images, in which unit, and whether others' are of the same ones."""
+    from clips_train.evals import published
+
+    found = [by_benchmark[benchmark] for by_benchmark in results.values() if benchmark in by_benchmark]
+    numbers = [result["data"].get("num_images", result.get("num_images")) for result in found]
+    known = sorted({number for number in numbers if number is not None})  # pairings of images have no such number
+    parts = [f"{' or '.join(map(str, known))} images"] if known else []
+    protocol = found[0]["data"].get("num_images_of_protocol")
+    if known and protocol not in (None, *known):
+        parts[0] += f", of {protocol} in the protocol"
+    level = found[0]["interval"]["level"]
+    parts.append(f"figures in % ± the larger half of their {100 * level:g} % intervals")
+    if compare and not published.rows(benchmark, {name for result in found for name in result["scores"]}):
+        parts.append("no published figures are known")
+    return "; ".join(parts)
 
 
 def _with_interval(score: Mapping[str, float]) -> str:

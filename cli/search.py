@@ -76,7 +76,7 @@ def search(config: Any, _: Any, context: click.Context) -> None:
     given = context.params
     folder, texts = _folder_and_texts(given["words"])
     queries = _queries(texts, given["image"])
-    shards, home = _shards(folder or given["work"] or Path())
+    shards, home = _shards(folder or given["work"] or Path(), texts if folder is None else ())
     work = given["work"] or home
     settings = cast("SearchConfig", config)
     stop_on_sigterm()
@@ -141,8 +141,8 @@ def _read(file: Path) -> bytes:
         raise UserError(f"--image {file} cannot be read: {error.strerror}. Name an image file.") from None
 
 
-def _shards(folder: Path) -> tuple[Path, Path]:
-    """The folder of the shards, and the work folder that it belongs to."""
+def _shards(folder: Path, texts: Sequence[str]) -> tuple[Path, Path]:
+    """The folder of the shards, and the work folder that it belongs to. The first text may be a mistyped one."""
     from clips_data.errors import UserError
     from clips_data.schema import SHARDS
 
@@ -150,9 +150,10 @@ def _shards(folder: Path) -> tuple[Path, Path]:
         return folder, folder.resolve().parent if folder.name in ("", "..") else folder.parent
     if (folder / SHARDS / "index.json").is_file():
         return folder / SHARDS, folder
+    asked = f" {texts[0][:QUERY_CHARS]!r} is no folder, so it is a query." if len(texts) > 1 else ""
     raise UserError(
-        f"{folder} holds no finished shards, and neither does {folder / SHARDS}. Name a folder that `clips shard` "
-        "wrote, or its work folder with --work."
+        f"{folder} holds no finished shards, and neither does {folder / SHARDS}.{asked} Name a folder that `clips "
+        "shard` wrote, or its work folder with --work."
     )
 
 

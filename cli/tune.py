@@ -147,7 +147,9 @@ def tune(
     best = _best(kind, values, runs, found)
     _write_page(page, kind, values, runs, found)
     present.say(f"the plot is in {page}", quiet=quiet)
-    if best is not None:
+    if best is None:
+        present.say("no value found more than chance does: give the proxies more --samples", quiet=quiet)
+    else:
         line = _pasted(GRIDS[kind].train(best, web, synthetic)["views"])
         present.say(f"best mean of both ways' R@1: {best:g} {GRIDS[kind].unit}. For a manifest:", quiet=quiet)
         present.say(f"  train: {{{line}}}", quiet=quiet)
@@ -244,14 +246,20 @@ def _of_values(
 
 
 def _best(kind: str, values: Sequence[float], runs: Sequence[Run], rows: Mapping[str, Row]) -> float | None:
-    """The value with the highest mean of both ways' recall at 1, over seeds."""
+    """The value with the highest mean of both ways' recall at 1, over seeds; ``None`` where none is above chance."""
     ways = ("text_to_image_r1", "image_to_text_r1")
     means = {
-        value: statistics.fmean(row["figures"][way] for row in own for way in ways if way in row["figures"])
+        value: statistics.fmean(
+            row["figures"][way] - row["figures"].get(f"chance_{way}", 0.0)
+            for row in own
+            for way in ways
+            if way in row["figures"]
+        )
         for value, own in _of_values(kind, values, runs, rows).items()
         if own
     }
-    return max(means, key=lambda value: means[value]) if means else None
+    best = max(means, key=lambda value: means[value], default=None)
+    return best if best is not None and means[best] > 0 else None
 
 
 def _pasted(views: Sequence[Any]) -> str:

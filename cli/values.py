@@ -128,14 +128,19 @@ def nearest_inside(config: type[BaseModel], key: str) -> str:
 
 
 def written_path(value: Any, path: Sequence[Any]) -> list[str]:
-    """As much of pydantic's ``path`` as leads into ``value``: it also names a union's types, which nobody wrote."""
+    """As much of pydantic's ``path`` as leads into ``value``: it also names a union's types, which nobody wrote.
+
+    A text may be a mapping in YAML, as on a command line.
+    """
+    import yaml
+
     parts = []
     for part in path:
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            value = yaml.safe_load(value)
         in_list = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
         if in_list or (isinstance(value, Mapping) and part in value):
             value = value[part]
-            parts.append(str(part))
-        elif isinstance(value, str) and parts:  # short for a mapping; what is in it is named though it was not written
             parts.append(str(part))
     return parts
 

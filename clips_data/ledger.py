@@ -167,11 +167,13 @@ def is_done(
     config: Mapping[str, Any],
     overwrite: bool,
     dry_run: bool = False,
+    has_out: bool = True,
 ) -> bool:
     """Whether ``unit`` is finished and was made from just these inputs and this config.
 
     Raises ``ResumeRefused`` with the difference when it was made from others; with ``overwrite`` the old sidecar is
-    removed instead (``dry_run`` leaves it), which makes the unit missing work again.
+    removed instead (``dry_run`` leaves it), which makes the unit missing work again. ``has_out`` says whether the
+    command has ``--out``, which is then named as the other way out.
     """
     sidecar = read_sidecar(folder, unit, check_files=False)
     if sidecar is None:
@@ -187,7 +189,8 @@ def is_done(
     raise ResumeRefused(
         f"{folder / unit} was finished with other inputs or another config:\n  "
         + "\n  ".join(changes)
-        + "\nUse --overwrite to make it again, or --out with a new folder to keep both."
+        + "\nUse --overwrite to make it again"
+        + (", or --out with a new folder to keep both." if has_out else ".")
     )
 
 

@@ -21,7 +21,8 @@ svg.bars .side { fill: var(--accent); opacity: .45; }
 .hist .legend { margin: 8px 0 0; }
 .hist rect { fill: var(--accent); opacity: .8; } .hist rect.rest { opacity: .4; } .hist .mid { stroke: var(--ink);
   stroke-width: 1; stroke-dasharray: 3 3; }
-svg.interval { display: inline-block; width: 100%; min-width: 120px; height: 18px; vertical-align: middle; }
+svg.interval { display: inline-block; width: 100%; min-width: 120px; height: 18px; vertical-align: middle;
+  overflow: visible; }
 svg.interval line { stroke: var(--line); } svg.interval .low-high { stroke: var(--accent); stroke-width: 3; }
 svg.interval circle { fill: var(--accent); } svg.interval .chance { stroke: var(--soft); stroke-dasharray: 2 2; }
 """

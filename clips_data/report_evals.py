@@ -64,17 +64,18 @@ def render(results: list[Result]) -> str:
     for result in results:
         by_benchmark.setdefault(str(result.about.get("benchmark")), []).append(result)
     shown = [_table(name, some) for name, some in sorted(by_benchmark.items())]
-    level = results[0].about.get("interval", {})
-    how = ", ".join(f"{value}" for key, value in level.items() if key == "method")
+    interval = results[0].about.get("interval", {})
+    level = f"{100 * interval['level']:g} % " if "level" in interval else ""
+    how = f" ({h.text(interval['method'])})" if "method" in interval else ""
     intro = (
-        '<p class="soft">The line is the interval'
-        f"{f' ({h.text(how)})' if how else ''}, the dot the figure, the dashes what random answers score.</p>"
+        f'<p class="soft">The line is the {level}interval{how}, the dot the figure, the dashes what random answers '
+        "score.</p>"
     )
     return f'<h2 id="evaluations">Evaluations</h2>{intro}{"".join(shown)}'
 
 
 def _table(benchmark: str, results: list[Result]) -> str:
-    several = len(results) > 1
+    several = len(results) > 1 or not results[0].of_run  # a figure of another model is never taken for the run's
     shares = any(_is_share(name) for result in results for name in result.scores)
     model, picture = ["<model"] if several else [], ["<0 to 1"] if shares else []
     head = ["figure", *model, "value", "low", "high", *picture, "chance"]
@@ -90,14 +91,18 @@ def _table(benchmark: str, results: list[Result]) -> str:
             pictures = [report_charts.interval(value, low, high, chance) if share else ""] if shares else []
             shown = "–" if chance is None else h.percent(chance) if share else h.number(chance)
             rows.append([_label(name), *([h.text(result.model)] if several else []), *figures, *pictures, shown])
-    about = results[0].about
-    return h.table(head, rows, caption=f"{benchmark}: {_told(about)}")
+    by_told: dict[str, list[str]] = {}
+    for result in results:
+        by_told.setdefault(_told(result.about), []).append(result.model)
+    told = [f"{', '.join(models)}: {about}" if len(by_told) > 1 else about for about, models in by_told.items()]
+    return h.table(head, rows, caption=f"{benchmark}: {'; '.join(told)}")
 
 
 def _told(about: Mapping[str, Any]) -> str:
     """How the figures were made, without which they mean nothing."""
     data, preprocessing, tokenizer = (about.get(name) or {} for name in ("data", "preprocessing", "tokenizer"))
-    counts = [f"{number} {name.replace('_', ' ')}" for name, number in sorted((about.get("counts") or {}).items())]
+    counted = {name: number for name, number in sorted((about.get("counts") or {}).items()) if number}
+    counts = [f"{number} {name.replace('_', ' ').replace('.', ' ')}" for name, number in counted.items()]
     facts = [
         str(about["task"]) if about.get("task") not in (None, about.get("benchmark")) else "",
         ", ".join(counts),
@@ -114,8 +119,9 @@ def _is_share(name: str) -> bool:
 
 def _label(name: str) -> str:
     for way, label in _WAYS:
-        if name.startswith(f"{way}_r"):
-            return f"{label} R@{h.text(name.removeprefix(f'{way}_r'))}"
+        queries, found, k = name.partition(f"{way}_r")
+        if found:
+            return f"{h.text(queries.replace('_', ' '))} {label} R@{h.text(k)}".strip()
     return h.text(name.replace("_", " "))
 
 
@@ -160,7 +166,7 @@ def _is_result(about: Any) -> bool:
 
 
 def _model_of(about: Mapping[str, Any], folder: Path) -> str:
-    return str((about.get("model") or {}).get("name") or folder.name)
+    return str((about.get("model") or {}).get("model") or folder.name)
 
 
 # --- the old form -----------------------------------------------------------------------------------------------------

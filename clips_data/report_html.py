@@ -63,7 +63,7 @@ article .first img { width: auto; height: 72px; border-radius: 4px; }
 article img { display: block; width: 100%; height: 220px; object-fit: contain; background: var(--line); }
 article dl { margin: 0; padding: 12px 14px 14px; font-size: .92rem; }
 dt { color: var(--soft); font-size: .8rem; margin-top: 8px; } dt:first-child { margin-top: 0; }
-dd { margin: 0; overflow-wrap: anywhere; max-height: 15em; overflow-y: auto; }
+dd { margin: 0; overflow-wrap: anywhere; max-height: 15em; overflow: hidden auto; }
 mark { color: inherit; border-radius: 3px; padding: 1px 3px; box-decoration-break: clone;
   -webkit-box-decoration-break: clone; }
 mark.a { background: var(--tint-a); } mark.b { background: var(--tint-b); }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.resources
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Final, Literal
 
 import torch
 from PIL.Image import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,6 +34,11 @@ Precision = Literal["bf16", "fp16", "fp32"]
 LOCAL, RUN, HUB = "local-dir:", "run:", "hf-hub:"
 OPEN_CLIP_CONFIG: Final = "open_clip_config.json"
 _SUFFIXES: Final = (".json", ".safetensors", ".bin", ".pt", ".txt")
+UNLOADABLE: Final = (
+    *(RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError, ImportError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
+"""What open_clip raises for folders whose configuration or weights are damaged or another library's."""
 _HOW_TO_NAME: Final = (
     "Name an open_clip model with its tag (NAME:TAG), hf-hub:NAME, local-dir:FOLDER, run:NAME or the folder of a run."
 )
@@ -117,7 +124,7 @@ def _pretrained(name: str, tags: list[str]) -> Named:
         tag = tags.pop(0)
     weights = Path(tag)
     digest = ledger.digest_file(weights) if weights.is_file() else tag
-    return Named(name, "open_clip", model, tag, f"{model}:{digest}")
+    return Named(f"{model}:{tag}", "open_clip", model, tag, f"{model}:{digest}")
 
 
 @dataclass(frozen=True)
@@ -276,7 +283,7 @@ def _load_open_clip(named: Named, device: torch.device, arithmetic: torch.dtype,
     try:
         model, _ = open_clip.create_model_from_pretrained(named.source, pretrained=named.tag, device=device)
         tokenizer = text_tokenizers.of_open_clip(named.source, bert_vocab)
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except UNLOADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"open_clip could not load --model {named.name}: {reason}. Check its name, tag and files."

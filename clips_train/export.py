@@ -241,6 +241,11 @@ def _finished(config: ExportConfig, folder: Path, newest: Path, weights_digest: 
         raise ResumeRefused(
             f"{folder} was exported without {' and '.join(missing)}. Use --overwrite to export it again."
         )
+    if off := [name for name, found in about["max_abs_differences"].items() if not worst(found) <= config.tolerance]:
+        raise ResumeRefused(
+            f"{folder} was exported with a tolerance of {about['tolerance']:.0e}, and {off[0]} is further off than "
+            f"{config.tolerance:.0e}. Give a larger --tolerance, or use --overwrite to export it again."
+        )
     card = folder / CARD
     if not card.is_file() or ledger.digest_file(card) == about["card_sha256"]:
         _write_about(folder, about, folder.parent, shards)

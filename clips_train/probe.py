@@ -75,7 +75,7 @@ def probe(
     out = run / FOLDER
     inputs = {"shards": train.digest, "checkpoint": ledger.digest_file(newest / checkpoint.WEIGHTS)}
     settings = config.model_dump(mode="json", exclude=set(NOT_IN_DIGEST))
-    if ledger.is_done(out, UNIT, inputs=inputs, config=settings, overwrite=overwrite):
+    if ledger.is_done(out, UNIT, inputs=inputs, config=settings, overwrite=overwrite, has_out=False):
         return {**figures(json.loads((out / SCORES).read_text())), "skipped": True}
     trial = Trial(config, newest, train, scored, derived or {}, quiet=quiet)
     metrics = trial.train()

@@ -22,6 +22,8 @@ from clips_train.tokenizer import build_tokenizer
 LOCAL, HUB = "local-dir:", "hf-hub:"
 CONFIG: Final = "open_clip_config.json"
 BERT: Final = "bert-base-uncased"
+BERT_ENTRIES: Final = 30_522
+BERT_PLACES: Final = {0: "[PAD]", 1: "[unused0]", 2: "[unused1]", 100: "[UNK]", 101: "[CLS]"}
 CLIPS_MODE: Final = "clips"
 VOCABULARY: Final = "vocab.txt"
 MARKS: Final = {"pool_type": "last", "no_causal_mask": True, "vocab_size": 32_000}
@@ -45,8 +47,10 @@ def of_open_clip(source: str, bert_vocab: str | None = None) -> TextTokenizer:
     import open_clip
 
     text = _text_config(source)
-    if is_clips_tower(text) and text.get("tokenizer_mode") != CLIPS_MODE:
-        return _clips(source, text, bert_vocab)
+    if is_clips_tower(text):
+        _check_names_bert(source, text)
+        if text.get("tokenizer_mode") != CLIPS_MODE:
+            return _clips(source, text, bert_vocab)
     tokenizer = open_clip.get_tokenizer(source)
     name = text.get("tokenizer_mode") or text.get("hf_tokenizer_name") or "clip"
     return TextTokenizer(str(name), tokenizer, int(text.get("context_length") or tokenizer.context_length))
@@ -57,7 +61,7 @@ def is_clips_tower(text: Mapping[str, Any]) -> bool:
     return all(text.get(name) == value for name, value in MARKS.items())
 
 
-def _clips(source: str, text: Mapping[str, Any], bert_vocab: str | None) -> TextTokenizer:
+def _check_names_bert(source: str, text: Mapping[str, Any]) -> None:
     named = str(text.get("hf_tokenizer_name") or "")
     if named != BERT:
         raise UserError(
@@ -65,10 +69,26 @@ def _clips(source: str, text: Mapping[str, Any], bert_vocab: str | None) -> Text
             f"{named or 'of CLIP'!r}: its text features would mean nothing. Set hf_tokenizer_name to {BERT} and "
             f"tokenizer_mode to {CLIPS_MODE} in its text_cfg, or use an export of `clips export`."
         )
+
+
+def _clips(source: str, text: Mapping[str, Any], bert_vocab: str | None) -> TextTokenizer:
     vocabulary = bert_vocab or _beside(source) or _from_hub(source)
+    _check_is_berts(Path(vocabulary))
     tokenizer = build_tokenizer("bert", vocabulary)
     length = int(text["context_length"])
     return TextTokenizer(CLIPS_MODE, lambda texts: tokenizer.text_ids(texts, length), length)
+
+
+def _check_is_berts(vocabulary: Path) -> None:
+    """Other vocabularies have other words at these ids, or none."""
+    if not vocabulary.is_file():
+        return  # the tokenizer says what to do
+    entries = vocabulary.read_bytes().decode("utf-8", "replace").splitlines()
+    if len(entries) != BERT_ENTRIES or any(entries[number] != entry for number, entry in BERT_PLACES.items()):
+        raise UserError(
+            f"{vocabulary} is not the vocabulary of {BERT}, which has {BERT_ENTRIES} entries and [CLS] in line 102: "
+            "text features would mean nothing. Give its vocab.txt with --bert-vocab FILE."
+        )
 
 
 def _text_config(source: str) -> dict[str, Any]:

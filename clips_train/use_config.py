@@ -20,6 +20,10 @@ DEMO = "demo-"
 """How benchmarks begin that ask for an attribute of the demo world's scenes."""
 
 
+OWN_RESULTS = ("eval", "heldout", "facts")
+"""What results of the held-out split are called, as files and in tables."""
+
+
 class Benchmark(StageConfig):
     """One data set and what to do with it. On a command line and in short ``NAME=PATH``, or a mapping with more.
 
@@ -61,7 +65,10 @@ class Benchmark(StageConfig):
 def _benchmark_from_text(value: Any) -> Any:
     """``NAME=PATH``, YAML of a mapping, or ``{NAME: PATH}``; of the demo world ``demo-QUESTION`` by itself."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = yaml.safe_load(value)
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"it is not YAML: {getattr(error, 'problem', None) or error}") from None
     if isinstance(value, str):
         name, separator, path = value.partition("=")
         if name.startswith(DEMO) and not separator:
@@ -132,6 +139,15 @@ class EvalConfig(StageConfig):
     )
     seed: int = Field(0, ge=0, description="Seeds the resampling of intervals.")
     device: str = Field("auto", description="Torch device, such as cpu or cuda; auto takes the GPU where there is one.")
+
+    @model_validator(mode="after")
+    def _results_have_files_of_their_own(self) -> EvalConfig:
+        names = [benchmark.name for benchmark in self.benchmark]
+        if taken := next((name for name in names if name in OWN_RESULTS), None):
+            raise ValueError(f"benchmark {taken} would overwrite a file of the held-out split; give it another name")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"benchmark {twice} is there twice; give each a name of its own, which names its result")
+        return self
 
 
 class ExportConfig(StageConfig):
@@ -219,11 +235,6 @@ class SearchConfig(StageConfig):
     batch: int = Field(64, gt=0, description="Images or captions per forward pass.")
     num_workers: int = Field(
         0, ge=0, description="Processes that decode images; 0 does it in threads of the searching process."
-    )
-    judge: str | None = Field(
-        None,
-        description="Model whose features CLIPScore takes, named as --model; none takes the model's own, which flatter "
-        "its own captioner.",
     )
     bert_vocab: str | None = Field(
         None, description="BERT-base-uncased's vocab.txt, for released CLIPS models; none takes it from the hub."

@@ -452,3 +452,17 @@ def test_mistakes_inside_a_view_are_named(views: str, said: str) -> None:
 def test_the_choices_of_a_list_are_in_its_help() -> None:
     outcome = CliRunner().invoke(cli, ["train", "--help"])
     assert "--log-to tensorboard,wandb" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "said"),
+    [
+        ("{name: a, dat: b, task: retrieval}", "--benchmark.0 has no key 'dat'. Did you mean 'data'?"),
+        ("{name: a, data: b, task: retreival}", "--benchmark.0.task is 'retreival'; it should be 'retrieval', "),
+        ("{name: a, data: ", "it is not YAML: expected the node content, but found '<stream end>'."),
+        ("coco", "--benchmark.0 is 'coco'; 'coco' is not NAME=PATH."),
+    ],
+)
+def test_mistakes_inside_a_benchmark_are_named(benchmark: str, said: str) -> None:
+    outcome = CliRunner().invoke(cli, ["eval", "--benchmark", benchmark])
+    assert outcome.exit_code == 2 and said in outcome.output

@@ -61,7 +61,9 @@ def test_an_included_stage_can_be_left_out(folder: Path) -> None:
     [
         ("name: a\ninclude: bse\n", r"a.yaml, line 2: include: There is no manifest 'bse'.*"),
         ("name: a\ninclude: a\n", r"a.yaml, line 2: include goes round in a circle: a.yaml → .*a.yaml"),
-        ("name: a\ninclude: base\nwithout: [scor]\n", r"line 3: without: .*base.yaml has no stage 'scor'. .*'score'"),
+        ("name: a\ninclude: base\nwithout: [scor]\n", r"line 3: without: .*base.yaml has no stage 'scor'. .*score'.$"),
+        ("name: a\ninclude: base\ntrain: {}\n", r"line 3: .* no key 'train'. It is a stage; write it under `stages`"),
+        ("name: a\ninclude: recipes/clisp\n", r"There is no manifest 'recipes/clisp': no such file. Did you mean 'rec"),
         ("name: a\nwithout: [score]\nstages: {shard: }\n", "line 2: without names stages of an included manifest"),
         ("name: a\nstages: {train long: }\n", "'train long' has a label, which only recaption, score, embed may have"),
         ("name: a\nstages: {score of two: }\n", "'score of two' has a label.* of one word"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import fake_stages
 import pytest
@@ -62,6 +63,21 @@ def test_a_grid_is_run_once_drawn_and_answered_with_a_line(work: Path, capsys: p
     assert len(fakes.TRAINED) == 4, "nothing is trained twice"
     assert main([*words[:5], "1,0.5,0", *words[6:]]) == 0
     assert len(fakes.TRAINED) == 6, "a further value costs its own runs only"
+
+
+def at_chance(config: Any, *, run: Path, **_: Any) -> dict[str, Any]:
+    (run / "eval").mkdir(exist_ok=True)
+    (run / "eval" / "eval.json").write_text("{}")
+    return {"num_images": 8, "text_to_image_r1": 1 / 8, "chance_text_to_image_r1": 1 / 8}
+
+
+def test_no_line_is_recommended_where_nothing_is_above_chance(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STAGES, "eval", dataclasses.replace(STAGES["eval"], entry=f"{__name__}:at_chance"))
+    assert main(["tune", "ratio", "--work", str(work), "--grid", "1,0.5", "--samples", "600"]) == 0
+    told = capsys.readouterr().err
+    assert "give the proxies more --samples" in told and "train: {views" not in told
 
 
 def test_bad_grids_and_missing_shards_are_told(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,7 @@ def result(
     }
     about = {
         "schema_version": 1, "benchmark": "held", "task": "retrieval", "command": "clips eval --benchmark held",
-        "model": {"name": model}, "preprocessing": {"resize_mode": "squash"}, "tokenizer": {"name": "bpe"},
+        "model": {"model": model}, "preprocessing": {"resize_mode": "squash"}, "tokenizer": {"name": "bpe"},
         "data": {"format": "shards", "split": "heldout"}, "scores": scores, "counts": {"images": 4, "texts": 20},
         "environment": {"versions": {"torch": "9.8.7"}}, "details": {},
     }  # fmt: skip
@@ -204,6 +204,25 @@ def test_models_on_one_benchmark_stand_beside_each_other(work: Path) -> None:
     )
 
 
+def test_a_figure_of_another_model_alone_is_not_taken_for_the_runs(work: Path) -> None:
+    result(work, model="ViT-B-32:openai", folder="evals/vit-b-32")
+    words = words_of(make(work))
+    assert "figure model value" in words and "R@10 ViT-B-32:openai 50.0 %" in words
+
+
+def test_models_that_were_measured_in_different_ways_are_told_apart(work: Path) -> None:
+    result(work, counts={"images.scored": 4, "images.tied": 0})
+    result(work, model="other", folder="evals/other", counts={"images.scored": 4}, tokenizer={"name": "bert"})
+    words = words_of(make(work))
+    alike = "retrieval · 4 images scored · shards heldout · images squash · tokenizer"
+    assert f"held: default: {alike} bpe; other: {alike} bert" in words
+
+
+def test_figures_of_further_queries_are_named_as_those_of_the_first(work: Path) -> None:
+    result(work, scores={"dense_text_to_image_r1": {"value": 0.5, "low": 0.4, "high": 0.6}})
+    assert "dense Text → image R@1 50.0 %" in words_of(make(work))
+
+
 def test_hardest_misses_show_the_image_and_what_came_first(work: Path) -> None:
     keys = heldout_keys(work)
     first = [*keys[:1], "not-here"]
@@ -259,7 +278,7 @@ def test_hostile_settings_and_names_are_text(work: Path) -> None:
         work,
         command=f"clips eval {HOSTILE}",
         benchmark=HOSTILE,
-        model={"name": HOSTILE},
+        model={"model": HOSTILE},
         environment={HOSTILE: HOSTILE},
     )
     result(work, folder=f"evals/{'x' * 20}", model=HOSTILE)

@@ -104,6 +104,7 @@ def test_json_has_everything_a_line_each(work: Path, say: Say) -> None:
     ("words", "code", "said"),
     [
         (["nothing/", "a query"], 1, "nothing holds no finished shards"),
+        (["nothing", "a query"], 1, "'nothing' is no folder, so it is a query"),
         (["{work}", ""], 2, "A query is empty"),
         (["{work}"], 2, "What is to be searched for"),
         (["{work}", "x", "--split", "test"], 1, "no split 'test'"),

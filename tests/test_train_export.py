@@ -151,6 +151,18 @@ def test_an_export_is_skipped_when_made_and_refused_when_of_another_checkpoint_o
     path.write_text(about)
 
 
+def test_an_export_that_is_further_off_than_is_now_asked_for_is_refused(tmp_path: Path) -> None:
+    folder, shards = untrained(tmp_path)
+    first = export(OPEN_CLIP, run=folder, shards=shards)
+    path = folder / "export" / "clips_export.json"
+    about = json.loads(path.read_text())
+    about["max_abs_differences"]["open_clip"]["image features"]["real"] = 5e-5
+    path.write_text(json.dumps(about))
+    assert export(OPEN_CLIP, run=folder, shards=shards)["checkpoint"] == first["checkpoint"]
+    with pytest.raises(ResumeRefused, match=r"open_clip is further off than 1e-05\. .*--overwrite"):
+        export(OPEN_CLIP.model_copy(update={"tolerance": 1e-5}), run=folder, shards=shards)
+
+
 def test_an_export_of_an_older_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
     folder, shards = untrained(tmp_path)
     newest = checkpoint.find(folder)

@@ -303,7 +303,8 @@ def _check_success(config: RecaptionConfig, totals: Counter[str], report: Report
         others = ", ".join(f"{code} {number}" for code, number in captioned.most_common() if code != "ok")
         raise TooFewSucceeded(
             f"{captioned['ok']} of {wanted} rows got a caption, less than --min-success {config.min_success:g}. "
-            f"The others: {others}. The column is finished; look at the code and raw columns of its parquet files.",
+            f"The others: {others}. Look at the code and raw columns of the parquet files, or lower --min-success to "
+            "go on without the others.",
             report,
         )
 

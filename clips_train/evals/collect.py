@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from clips_data import ledger
 from clips_data.errors import UserError, did_you_mean
+from clips_train.evals import listed
 from clips_train.evals.items import DataSet, Item
 from clips_train.use_config import Benchmark
 
@@ -53,6 +54,7 @@ def collect(
         if row.key in kept:
             raise UserError(f"{benchmark.data} has the image {row.key!r} twice. Leave one of them out.")
         kept[row.key] = row._replace(texts=texts[: benchmark.captions_per_image])
+        listed.check_unicode(kept[row.key].texts, f"{benchmark.data}: {row.key[: listed.SHOWN_CHARS]!r}")
         if len(kept) == benchmark.max_samples:
             break
     counts = +(counts + (left_out or Counter()))
@@ -73,7 +75,7 @@ def collect(
             "num_images": len(kept),
             "num_texts": sum(len(row.texts) for row in kept.values()),
             "left_out": dict(sorted(counts.items())),
-            "digest": ledger.digest_json({"items": table, "classes": list(classes)}),
+            "digest": ledger.digest_json({"items": table, "classes": list(classes), "templates": list(templates)}),
         },
         classes=classes,
         templates=templates,

@@ -8,7 +8,7 @@ A folder has ``test/0.tar`` and so on, how many they are in ``test/nshards.txt``
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ def open(benchmark: Benchmark) -> DataSet:
 
     def reads(keys: Sequence[str]) -> Reads:
         files = {tar: TarFile(tar) for tar in tars}
-        return {key: partial(_read, files[sample_of[key].tar], *(sample_of[key].image or (0, 0))) for key in keys}
+        return {key: _reader(files, sample_of[key]) for key in keys}
 
     return collect(
         benchmark,
@@ -201,6 +201,11 @@ def _label(text: str, classes: Sequence[str], sample: Sample) -> int:
             f"{sample.tar}: {sample.key}.{CLS} is class {int(number)}, but {CLASSES} names {len(classes)}. Mend either."
         )
     return int(number)
+
+
+def _reader(files: Mapping[Path, TarFile], sample: Sample) -> listed.Sized:
+    offset, num_bytes = sample.image or (0, 0)
+    return listed.Sized(partial(_read, files[sample.tar], offset, num_bytes), num_bytes)
 
 
 def _read(tar: TarFile, offset: int, num_bytes: int) -> bytes:

@@ -8,13 +8,27 @@ from __future__ import annotations
 
 import functools
 import json
+import stat
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from clips_data.errors import UserError
 
 SHOWN: Final = 5
+SHOWN_CHARS: Final = 200
+
+
+@dataclass(frozen=True)
+class Sized:
+    """Reads an image. ``num_bytes`` is its size when it was found: another image is hardly ever as large."""
+
+    read: Callable[[], bytes]
+    num_bytes: int
+
+    def __call__(self) -> bytes:
+        return self.read()
 
 
 def readers(root: Path, files: Iterable[str], source: Path) -> dict[str, Callable[[], bytes]]:
@@ -22,22 +36,38 @@ def readers(root: Path, files: Iterable[str], source: Path) -> dict[str, Callabl
 
     Raises ``UserError`` for paths that lead out of ``root``, and where files are missing.
     """
-    found: dict[str, Callable[[], bytes]] = {
-        file: functools.partial(Path.read_bytes, root / file) for file in dict.fromkeys(files)
-    }
-    for file in found:
+    wanted = list(dict.fromkeys(files))
+    for file in wanted:
         path = PurePosixPath(file)
         if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file:
-            raise UserError(f"{source} lists {file!r}, which does not lie in {root}. Write paths inside it.")
-    missing = [file for file in found if not (root / file).is_file()]
+            raise UserError(
+                f"{source} lists {file[:SHOWN_CHARS]!r}, which does not lie in {root}. Write paths inside it."
+            )
+    size_of = {file: _size(root / file) for file in wanted}
+    missing = [file for file, size in size_of.items() if size is None]
     if missing:
-        shown = ", ".join(repr(file)[1:-1] for file in missing[:SHOWN])  # control characters stay inert in a terminal
+        shown = ", ".join(
+            repr(file[:SHOWN_CHARS])[1:-1] for file in missing[:SHOWN]
+        )  # control characters stay inert in a terminal
         raise UserError(
-            f"{len(missing)} of the {len(found)} images that {source} lists are not in {root}: "
+            f"{len(missing)} of the {len(wanted)} images that {source} lists are not in {root}: "
             f"{shown}{', …' if len(missing) > SHOWN else ''}. "
             "Complete them, or name the folder that holds them as the data."
         )
-    return found
+    return {
+        file: Sized(functools.partial(Path.read_bytes, root / file), size)
+        for file, size in size_of.items()
+        if size is not None
+    }
+
+
+def _size(path: Path) -> int | None:
+    """``None`` where there is no such file, or none can have that name."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_size if stat.S_ISREG(about.st_mode) else None
 
 
 def text_of(path: Path) -> str:
@@ -59,6 +89,17 @@ def json_of(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}).") from None
 
 
+def check_unicode(texts: Iterable[str], where: str) -> None:
+    """Raises ``UserError`` for a text with half of a surrogate pair, which JSON can hold and no tokenizer reads."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where} has a text that is no Unicode ({error.reason}): {text[:80]!r}. Mend it."
+            ) from None
+
+
 def strings(row: Any, names: Iterable[str], where: str) -> list[str]:
     """The texts of a row under ``names``. Raises ``UserError`` for one that is missing, blank or no text."""
     values: list[str] = []
@@ -66,5 +107,6 @@ def strings(row: Any, names: Iterable[str], where: str) -> list[str]:
         value = row.get(name) if isinstance(row, dict) else None
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where} has no text under {name!r}.")
+        check_unicode([value], where)
         values.append(value)
     return values

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from clips_data import ledger
 from clips_data.errors import UserError, did_you_mean
 
 CLASS: Final = "{c}"
@@ -101,6 +102,16 @@ def templates(name: str) -> Templates:
             f"{did_you_mean(name, _TEMPLATES)}"
         )
     return checked(_lines(path, "templates"), f"file {path.name}")
+
+
+def digests_of_files(classes: str | None, prompts: str | None) -> dict[str, str]:
+    """Of those of the two that are files: what is in them, which their names do not tell."""
+    found = {}
+    if classes is not None and classes not in _SYNSETS:
+        found["classes"] = ledger.digest_json(class_names(classes).names)
+    if prompts is not None and prompts not in _TEMPLATES:
+        found["templates"] = ledger.digest_json(templates(prompts).texts)
+    return found
 
 
 def checked(texts: Sequence[str], source: str) -> Templates:

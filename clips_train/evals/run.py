@@ -114,7 +114,7 @@ class _Evaluation:
         split = heldout.open_split(self.shards, config.split)
         inputs = {"shards": split.digest, "checkpoint": model.named.digest}
         settings = config.model_dump(mode="json", include=set(HELDOUT_SETTINGS))
-        if ledger.is_done(out, UNIT, inputs=inputs, config=settings, overwrite=self.overwrite):
+        if ledger.is_done(out, UNIT, inputs=inputs, config=settings, overwrite=self.overwrite, has_out=False):
             return figures(json.loads((out / SCORES).read_text()))
         counts: Counter[str] = Counter()
         encoded = heldout.encode_split(model.encoder, split, config, self.derived, counts, quiet=self.quiet)
@@ -134,13 +134,32 @@ class _Evaluation:
             opened = self.given(benchmark) if self.given else None
             self.data[benchmark.name] = opened or formats.open_data(benchmark, self.shards.parent)
         data = self.data[benchmark.name]
-        inputs = {"data": str(data.about["digest"]), "model": model.named.digest}
+        inputs = {
+            "data": str(data.about["digest"]),
+            "model": model.named.digest,
+            **self._further_inputs(benchmark, data),
+        }
         settings = result.settings_of(benchmark, self.config)
-        if ledger.is_done(out, benchmark.name, inputs=inputs, config=settings, overwrite=self.overwrite):
+        unit, again = benchmark.name, self.overwrite
+        if ledger.is_done(out, unit, inputs=inputs, config=settings, overwrite=again, has_out=False):
             return result.read(out / f"{benchmark.name}.json")
         outcome = self._task(benchmark)(model.encoder, data, self.config, benchmark)
         found = result.build(benchmark, model.encoder, data.about, outcome, self.config, result.command_line())
         result.write(out, found, inputs=inputs)
+        return found
+
+    def _further_inputs(self, benchmark: Benchmark, data: DataSet) -> dict[str, str]:
+        """What else is read: images, by sizes or shards; classes and templates that are files; the judge."""
+        from clips_train.evals import listed, prompts
+
+        found = prompts.digests_of_files(benchmark.classes, benchmark.templates)
+        reads = [item.read for item in data.items] + [read for pairing in data.pairings for read in pairing.images]
+        if sizes := [read.num_bytes for read in reads if isinstance(read, listed.Sized)]:
+            found["images"] = ledger.digest_json(sizes)
+        if "shards_digest" in data.about:
+            found["shards"] = str(data.about["shards_digest"])
+        if benchmark.task == "captioning" and self.named_judge is not None:
+            found["judge"] = self.named_judge.digest
         return found
 
     def _task(self, benchmark: Benchmark) -> Task:
@@ -157,13 +176,16 @@ class _Evaluation:
         return tasks[benchmark.task]
 
     @cached_property
-    def judge(self) -> Encoder | None:
+    def named_judge(self) -> Named | None:
         """The model that CLIPScore asks, where it is not the one that is scored."""
-        config = self.config
-        if config.judge is None:
+        if self.config.judge is None:
             return None
-        (named,) = encoders.find([config.judge], (), self.shards.parent / "runs")
-        return _Model(named, config).encoder
+        (named,) = encoders.find([self.config.judge], (), self.shards.parent / "runs")
+        return named
+
+    @cached_property
+    def judge(self) -> Encoder | None:
+        return None if self.named_judge is None else _Model(self.named_judge, self.config).encoder
 
 
 class _Model:
