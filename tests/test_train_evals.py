@@ -59,11 +59,31 @@ def test_a_perfect_model_scores_one_and_a_swapped_one_does_not() -> None:
     assert swapped["text_to_image_r1"] == swapped["image_to_text_r1"] == 0
 
 
+@pytest.mark.parametrize(("images", "texts"), [(2, 2), (8, 8), (40, 200), (12, 36)])
+def test_a_collapsed_model_scores_exactly_like_chance(images: int, texts: int) -> None:
+    of = torch.arange(images).repeat_interleave(texts // images)
+    scores = retrieval_scores(torch.ones(images, 4), torch.ones(texts, 4), of)
+    for way in ("text_to_image", "image_to_text"):
+        for k in (1, 5, 10):
+            assert scores[f"{way}_r{k}"] == pytest.approx(scores[f"chance_{way}_r{k}"], abs=1e-9)
+
+
+def test_among_ties_a_query_is_found_as_often_as_random_orders_find_it() -> None:
+    for above, wrong, right, k in ((0, 3, 2, 1), (2, 4, 1, 5), (1, 1, 3, 5), (4, 9, 2, 10), (5, 0, 1, 5), (0, 0, 1, 1)):
+        generator = torch.Generator().manual_seed(7)
+        hits = 0
+        for _ in range(4000):
+            order = torch.randperm(wrong + right, generator=generator)
+            hits += bool((order[: max(0, k - above)] < right).any())
+        places = retrieval.Places(*(torch.tensor([float(number)]) for number in (above, wrong, right)))
+        assert float(places.found_at(k)) == pytest.approx(hits / 4000, abs=0.03)
+
+
 def test_a_collapsed_model_scores_no_better_than_chance() -> None:
     scores = retrieval_scores(torch.ones(40, 4), torch.ones(200, 4), torch.arange(40).repeat_interleave(5))
-    for k in (1, 5, 10):
-        assert scores[f"text_to_image_r{k}"] <= scores[f"chance_text_to_image_r{k}"] == k / 40
-        assert scores[f"image_to_text_r{k}"] <= scores[f"chance_image_to_text_r{k}"]
+    for k in (1, 5, 10):  # but for rounding
+        assert scores[f"text_to_image_r{k}"] - 1e-15 <= scores[f"chance_text_to_image_r{k}"] == k / 40
+        assert scores[f"image_to_text_r{k}"] - 1e-15 <= scores[f"chance_image_to_text_r{k}"]
 
 
 def test_half_of_the_ties_count_as_better() -> None:

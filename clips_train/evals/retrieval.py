@@ -1,8 +1,7 @@
 """Image-text retrieval: recall at k, both ways, with any number of images and captions per image.
 
-The rank of an answer is the number of wrong answers that score strictly higher plus half of those that tie with it: its
-expected rank when ties are broken at random. A collapsed model, whose scores all tie, therefore scores like chance and
-not like a perfect one.
+Where answers tie, a query is found at k with the probability that it would have if ties were broken at random. A
+collapsed model, whose scores all tie, therefore scores exactly like chance, and not like a perfect one.
 
 Shape suffixes: N images, M captions (all images together), E embedding width, Q queries.
 """
@@ -12,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import comb
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +32,8 @@ NUM_FIRST: Final = 3
 SHOWN_CHARS: Final = 1000
 """Of a text in the details."""
 ABOUT: Final = {
-    "rank": "wrong answers that score higher, plus half of those that tie; found at k where this is below k",
+    "ties": "found at k with the probability of a random order of the answers that tie",
+    "rank": "of the hardest: wrong answers that score higher, plus half of those that tie",
     "text_to_image": "every text is a query for its image among all images",
     "image_to_text": "every image is a query, found by any of its texts among all texts",
     "unit": "an image with all of its texts",
@@ -58,9 +58,9 @@ def score(encoder: Encoder, data: DataSet, config: EvalConfig, benchmark: Benchm
     counts += pictures.counts
     counts["texts.of_bad_images"] = sum(len(data.items[number].texts) for number in pictures.reasons)
     counts += _counts(items, benchmark)
-    text_ranks_M = text_to_image_ranks(pictures.image_NE, text_ME, image_of_text_M)
-    image_ranks_N = image_to_text_ranks(pictures.image_NE, text_ME, image_of_text_M)
-    found = _figures(text_ranks_M, image_ranks_N, image_of_text_M)
+    text_places = text_to_image_places(pictures.image_NE, text_ME, image_of_text_M)
+    image_places = image_to_text_places(pictures.image_NE, text_ME, image_of_text_M)
+    found = _figures(text_places, image_places, image_of_text_M)
     certain = sorted(name for name, figure in found.items() if figure.chance == 1)
     return Outcome(
         figures={name: figure for name, figure in found.items() if name not in certain},
@@ -73,7 +73,7 @@ def score(encoder: Encoder, data: DataSet, config: EvalConfig, benchmark: Benchm
         },
         details={
             "hardest": hardest(
-                pictures.image_NE, text_ME, image_of_text_M, text_ranks_M, [item.key for item in items], texts
+                pictures.image_NE, text_ME, image_of_text_M, text_places.ranks, [item.key for item in items], texts
             )
         },
     )
@@ -117,22 +117,22 @@ def figures(image_NE: Tensor, text_ME: Tensor, image_of_text_M: Tensor) -> dict[
     ``image_NE`` and ``text_ME`` are unit vectors of any float type, ``image_of_text_M`` int64 indices into the images.
     An image counts as found when any one of its captions ranks high enough. Every image needs a caption.
     """
-    text_ranks_M = text_to_image_ranks(image_NE, text_ME, image_of_text_M)
-    return _figures(text_ranks_M, image_to_text_ranks(image_NE, text_ME, image_of_text_M), image_of_text_M)
+    text_places = text_to_image_places(image_NE, text_ME, image_of_text_M)
+    return _figures(text_places, image_to_text_places(image_NE, text_ME, image_of_text_M), image_of_text_M)
 
 
-def _figures(text_ranks_M: Tensor, image_ranks_N: Tensor, image_of_text_M: Tensor) -> dict[str, Figure]:
-    text_ranks_M, image_ranks_N, image_of_text_M = text_ranks_M.cpu(), image_ranks_N.cpu(), image_of_text_M.cpu()
-    num_images = len(image_ranks_N)
+def _figures(text_places: Places, image_places: Places, image_of_text_M: Tensor) -> dict[str, Figure]:
+    image_of_text_M = image_of_text_M.cpu()
+    num_images = len(image_places.above)
     captions_N = torch.bincount(image_of_text_M, minlength=num_images)
     assert num_images > 0 and len(captions_N) == num_images and int(captions_N.min()) > 0
     found: dict[str, Figure] = {}
     for k in RECALL_AT:
-        hits_M = (text_ranks_M < k).double()
-        hits_N = torch.zeros(num_images, dtype=torch.float64).index_add_(0, image_of_text_M, hits_M)
+        hits_N = torch.zeros(num_images, dtype=torch.float64)
+        hits_N.index_add_(0, image_of_text_M, text_places.found_at(k).cpu())
         found[f"text_to_image_r{k}"] = Figure.mean(hits_N, captions_N, chance=min(1.0, k / num_images))
         chance = chance_image_to_text(captions_N.tolist(), k)
-        found[f"image_to_text_r{k}"] = Figure.mean(image_ranks_N < k, chance=chance)
+        found[f"image_to_text_r{k}"] = Figure.mean(image_places.found_at(k).cpu(), chance=chance)
     return found
 
 
@@ -145,22 +145,48 @@ def retrieval_scores(image_NE: Tensor, text_ME: Tensor, image_of_text_M: Tensor)
     return scores
 
 
-def text_to_image_ranks(image_NE: Tensor, text_ME: Tensor, image_of_text_M: Tensor) -> Tensor:
-    """float32 [M]: the 0-based rank of each caption's image among all images."""
-    ranks = []
+class Places(NamedTuple):
+    """Where the best right answer of each query stands, float32 [Q] each."""
+
+    above: Tensor
+    """How many wrong answers score higher."""
+    wrong: Tensor
+    """How many wrong answers tie with it."""
+    right: Tensor
+    """How many right answers do, itself included."""
+
+    @property
+    def ranks(self) -> Tensor:
+        """float32 [Q], from 0: half of the wrong answers that tie count as better."""
+        return self.above + self.wrong / 2
+
+    def found_at(self, k: int) -> Tensor:
+        """float64 [Q]: the probability that a right answer is among the first ``k`` where ties are broken at random."""
+        above, wrong, right = (number.double() for number in self)
+        missed = torch.ones_like(above)
+        for place in range(k):
+            # Of those that tie and are not yet placed, a wrong one comes next.
+            next_is_wrong = (wrong - place).clamp(min=0) / (wrong + right - place).clamp(min=1)
+            missed = torch.where(above + place < k, missed * next_is_wrong, missed)
+        return 1 - missed
+
+
+def text_to_image_places(image_NE: Tensor, text_ME: Tensor, image_of_text_M: Tensor) -> Places:
+    """Of each caption's image among all images."""
+    found = []
     for block, scores_QN, spare_QN in _blocks(text_ME, image_NE):
         right_Q1 = scores_QN.gather(1, image_of_text_M[block].unsqueeze(1))
         above_Q, tied_Q = _above_and_tied(scores_QN, right_Q1, spare_QN)
         # The right answer ties with itself, which is no tie with a wrong one.
-        ranks.append(above_Q + (tied_Q - 1) / 2)
-    return torch.cat(ranks)
+        found.append((above_Q, tied_Q - 1, torch.ones_like(tied_Q)))
+    return Places(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
-def image_to_text_ranks(image_NE: Tensor, text_ME: Tensor, image_of_text_M: Tensor) -> Tensor:
-    """float32 [N]: the 0-based rank, among the captions of other images, of each image's best own caption."""
+def image_to_text_places(image_NE: Tensor, text_ME: Tensor, image_of_text_M: Tensor) -> Places:
+    """Of each image's best own caption among all captions."""
     order_M = image_of_text_M.argsort(stable=True)
     text_ME, image_of_text_M = text_ME[order_M], image_of_text_M[order_M]
-    ranks = []
+    found = []
     for block, scores_QM, spare_QM in _blocks(image_NE, text_ME):
         edges = torch.tensor([block.start, block.stop], device=image_of_text_M.device)
         first, stop = torch.searchsorted(image_of_text_M, edges).tolist()
@@ -170,8 +196,18 @@ def image_to_text_ranks(image_NE: Tensor, text_ME: Tensor, image_of_text_M: Tens
         above_Q, tied_Q = _above_and_tied(scores_QM, best_Q.unsqueeze(1), spare_QM)
         # None of its own captions is above the best of them, but some tie with it: itself at least.
         tied_own_Q = torch.zeros_like(best_Q).index_add_(0, row_O, (own_O == best_Q[row_O]).float())
-        ranks.append(above_Q + (tied_Q - tied_own_Q) / 2)
-    return torch.cat(ranks)
+        found.append((above_Q, tied_Q - tied_own_Q, tied_own_Q))
+    return Places(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def text_to_image_ranks(image_NE: Tensor, text_ME: Tensor, image_of_text_M: Tensor) -> Tensor:
+    """float32 [M]: the 0-based rank of each caption's image among all images."""
+    return text_to_image_places(image_NE, text_ME, image_of_text_M).ranks
+
+
+def image_to_text_ranks(image_NE: Tensor, text_ME: Tensor, image_of_text_M: Tensor) -> Tensor:
+    """float32 [N]: the 0-based rank, among the captions of other images, of each image's best own caption."""
+    return image_to_text_places(image_NE, text_ME, image_of_text_M).ranks
 
 
 def _blocks(query_QE: Tensor, answer_AE: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

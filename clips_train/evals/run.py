@@ -15,7 +15,7 @@ from clips_data.errors import UserError
 from clips_data.schema import SCHEMA_VERSION
 from clips_train import checkpoint, encoders, shards
 from clips_train.encoders import Encoder, Named
-from clips_train.evals import benchmarks, formats, heldout, result
+from clips_train.evals import benchmarks, formats, heldout, result, retrieval
 from clips_train.evals.heldout import Derived
 from clips_train.evals.items import DataSet
 from clips_train.evals.outcome import Figure, Outcome
@@ -163,7 +163,7 @@ class _Evaluation:
         return found
 
     def _task(self, benchmark: Benchmark) -> Task:
-        from clips_train.evals import captioning, compositionality, retrieval, zero_shot
+        from clips_train.evals import captioning, compositionality, zero_shot
 
         if benchmark.task == "captioning":
             return partial(captioning.score, judge=self.judge)
@@ -247,7 +247,7 @@ def _heldout_result(
         "num_texts": first["num_texts"],
         "unreadable": sum(number for name, number in counts.items() if name.startswith("bad.")),
         "counts": dict(counts),
-        "ties": "half of the ties count as better",
+        "ties": retrieval.ABOUT["ties"],
         "queries": list(config.queries),
         "retrieval": {name: score for name, score in first.items() if not name.startswith("num_")},
         "retrieval_by_queries": by_queries,
