@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from clips_data import ledger
 from clips_data.errors import UserError, did_you_mean
-from clips_data.schema import SCHEMA_VERSION, SHARDS
+from clips_data.schema import SCHEMA_VERSION
 from clips_train import encoders, features
 from clips_train.embed_load import Chunk, Loader, Task, loaded
 from clips_train.encoders import Encoder
@@ -73,7 +73,7 @@ def embed(
     _check_columns(config, split)
     teachers = encoders.find(config.model, config.pretrained, runs)
     about = {**config.model_dump(mode="json", include=IN_CONFIG), "teachers": [named.digest for named in teachers]}
-    inputs_of = _inputs(split)
+    inputs_of = split.inputs_by_unit
     units = [unit for unit in inputs_of if only is None or unit in only][part[0] :: part[1]]
     asked = {unit: inputs_of[unit] for unit in units}
     standing = ledger.stand(out, asked, about, overwrite=overwrite, dry_run=dry_run)
@@ -108,20 +108,11 @@ def _check_columns(config: EmbedConfig, split: Split) -> None:
             )
 
 
-def _inputs(split: Split) -> dict[str, dict[str, str]]:
-    """Unit → what it is made of: a tar counts by its own digest, so that shards may be added."""
-    found = {}
-    for unit in (name.removesuffix(".tar") for name in split.files):
-        sidecar = ledger.read_sidecar(split.folder, unit, check_files=False)
-        found[unit] = {SHARDS: split.digest if sidecar is None else sidecar.digest}
-    return found
-
-
 def _within(limit: int | None, units: Sequence[str], split: Split) -> list[str]:
     """The first units whose rows are within the limit together. Raises ``UserError`` where not even one is."""
     if limit is None:
         return list(units)
-    num_rows = dict(zip(_inputs(split), split.num_samples_by_shard, strict=True))
+    num_rows = dict(zip(split.inputs_by_unit, split.num_samples_by_shard, strict=True))
     kept = []
     for unit in units:
         limit -= num_rows[unit]

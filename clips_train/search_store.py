@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 from clips_data import ledger
 from clips_data.errors import ResumeRefused, UserError
-from clips_data.schema import SHARDS
 from clips_train import ahead, transforms
 from clips_train.encoders import Encoder, Preprocessing
 from clips_train.features import SUFFIX, FeatureWriter
@@ -107,7 +106,7 @@ def up_to_date(source: Source, folder: Path, about: Mapping[str, Any], *, quiet:
 
     ``about`` is what makes other features, for the sidecars. Raises ``UserError`` where no row has any.
     """
-    inputs_of = _inputs(source.split)
+    inputs_of = source.split.inputs_by_unit
     notes: list[str] = []
     with ledger.readable_disk_errors(folder):
         if _missing(folder, inputs_of, about):
@@ -115,15 +114,6 @@ def up_to_date(source: Source, folder: Path, about: Mapping[str, Any], *, quiet:
             with alone(folder):
                 notes += _refresh(source, folder, inputs_of, about, quiet=quiet)
     return _opened(source, folder, list(inputs_of), notes)
-
-
-def _inputs(split: Split) -> dict[str, dict[str, str]]:
-    """Unit → what it is made of."""
-    found = {}
-    for unit in (name.removesuffix(".tar") for name in split.files):
-        sidecar = ledger.read_sidecar(split.folder, unit, check_files=False)
-        found[unit] = {SHARDS: split.digest if sidecar is None else sidecar.digest}
-    return found
 
 
 def _missing(folder: Path, inputs_of: Mapping[str, Mapping[str, str]], about: Mapping[str, Any]) -> dict[str, bool]:

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clips_data import draws
+from clips_data import draws, ledger
 from clips_data.errors import UserError, did_you_mean
-from clips_data.schema import SCHEMA_VERSION
+from clips_data.schema import SCHEMA_VERSION, SHARDS
 
 INDEX_FILE = "index.json"
 TRAIN, HELDOUT = "train", "heldout"
@@ -69,6 +69,15 @@ class Split:
     @property
     def num_samples(self) -> int:
         return sum(self.num_samples_by_shard)
+
+    @property
+    def inputs_by_unit(self) -> dict[str, dict[str, str]]:
+        """Unit → what is made of it is made of: a tar counts by its own digest, so that shards may be added."""
+        found = {}
+        for unit in (name.removesuffix(".tar") for name in self.files):
+            sidecar = ledger.read_sidecar(self.folder, unit, check_files=False)
+            found[unit] = {SHARDS: self.digest if sidecar is None else sidecar.digest}
+        return found
 
     def rows(self, shard: int) -> dict[str, list[Any]]:
         """A tar's offset index, as lists by column. Raises ``UserError`` for one that is damaged."""

@@ -352,7 +352,7 @@ def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
 def test_every_preset_is_shipped_and_the_list_is_sorted() -> None:
     names = prompts.packaged()
     assert names == sorted(names)
-    assert set(names) == PRESETS | {"describe", "tags", "negatives", "clips"}
+    assert set(names) == PRESETS | {"describe", "short", "tags", "negatives", "clips"}
 
 
 @pytest.mark.parametrize("name", prompts.packaged())

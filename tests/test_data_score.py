@@ -205,22 +205,25 @@ def test_near_duplicates_are_told_after_the_last_shard_without_scoring_again(tmp
 
 def test_a_run_of_ours_scores_as_its_export_does(tmp_path: Path) -> None:
     from clips_data.schema import SCHEMA_VERSION
-    from clips_train import checkpoint, export, generate
+    from clips_train import checkpoint, export, export_open_clip, generate
     from clips_train.config import TrainConfig
+    from clips_train.export_towers import Towers
     from clips_train.model import build_model
+    from clips_train.towers import open_clip_config
 
     config = TrainConfig(size="tiny", image_px=32, decoder=False, caption_weight=0)
     folder = tmp_path / "runs" / "first" / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
     from safetensors.torch import save_file
 
-    save_file(export._plain(build_model(config.model).state_dict()), folder / checkpoint.WEIGHTS)
+    save_file(export_open_clip.plain(build_model(config.model).state_dict()), folder / checkpoint.WEIGHTS)
     about = {"schema_version": SCHEMA_VERSION, "step": 1, "samples": 1, "config": config.model_dump(mode="json")}
     (folder / checkpoint.ABOUT).write_text(json.dumps(about))
     (folder.parent / checkpoint.LATEST).write_text(folder.name + "\n")
     exported = tmp_path / "export"
     exported.mkdir()
-    export.write_folder(generate.load_trained(folder, "cpu"), exported)
+    model = generate.load_trained(folder, "cpu").model
+    export.write_open_clip(Towers(model, open_clip_config(config.model)), config.model, exported)
     pairsmaker.write_work(tmp_path)
     found = []
     for name in (str(tmp_path / "runs" / "first"), f"local-dir:{folder}", str(exported)):

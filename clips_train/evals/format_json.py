@@ -45,19 +45,7 @@ def open(benchmark: Benchmark) -> DataSet:
 
 def list_of(benchmark: Benchmark) -> Path:
     """Where the list is. Raises ``UserError`` where there is none, or where there are several."""
-    if benchmark.annotations is not None:
-        return Path(benchmark.annotations)
-    root = Path(benchmark.data)
-    if root.is_file():
-        return root
-    lists = lists_in(root)
-    if len(lists) != 1:
-        found = "these: " + ", ".join(path.name for path in lists[:5]) if lists else "none"
-        raise UserError(
-            f"{root} should have one list of images and texts ({', '.join(list_rows.SUFFIXES)}), but has {found}. "
-            "Name the list with annotations."
-        )
-    return lists[0]
+    return listed.only_list(benchmark, lists_in, f"of images and texts ({', '.join(list_rows.SUFFIXES)})")
 
 
 def lists_in(root: Path) -> Sequence[Path]:

@@ -63,19 +63,7 @@ def open(benchmark: Benchmark) -> DataSet:
 
 def list_of(benchmark: Benchmark) -> Path:
     """Where the list is. Raises ``UserError`` where there is none, or where there are several."""
-    if benchmark.annotations is not None:
-        return Path(benchmark.annotations)
-    root = Path(benchmark.data)
-    if root.is_file():
-        return root
-    lists = lists_in(root)
-    if len(lists) != 1:
-        found = f"{len(lists)} of them" if lists else "none"
-        raise UserError(
-            f"{root} should have one list {PATTERN} in it or in its folder annotations, but has {found}. "
-            "Name the list with annotations."
-        )
-    return lists[0]
+    return listed.only_list(benchmark, lists_in, f"{PATTERN} in it or in its folder annotations")
 
 
 def lists_in(root: Path) -> Sequence[Path]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import json
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from clips_data.errors import UserError
+from clips_train.use_config import Benchmark
 
 SHOWN: Final = 5
 SHOWN_CHARS: Final = 200
@@ -68,6 +69,23 @@ def _size(path: Path) -> int | None:
     except OSError:
         return None
     return about.st_size if stat.S_ISREG(about.st_mode) else None
+
+
+def only_list(benchmark: Benchmark, lists_in: Callable[[Path], Sequence[Path]], wanted: str) -> Path:
+    """The file of texts: the one that ``annotations`` or ``data`` names, else the one that ``lists_in`` finds.
+
+    ``wanted`` says how such files are named. Raises ``UserError`` where there is none, or where there are several.
+    """
+    if benchmark.annotations is not None:
+        return Path(benchmark.annotations)
+    root = Path(benchmark.data)
+    if root.is_file():
+        return root
+    lists = lists_in(root)
+    if len(lists) != 1:
+        found = "these: " + ", ".join(path.name for path in lists[:5]) if lists else "none"
+        raise UserError(f"{root} should have one list {wanted}, but has {found}. Name the list with annotations.")
+    return lists[0]
 
 
 def text_of(path: Path) -> str:
