@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clips_data.errors import UserError
 from clips_data.schema import SCHEMA_VERSION
-from clips_train import checkpoint, export
+from clips_train import checkpoint, export_decoder, export_open_clip
 from clips_train.config import TrainConfig
 from clips_train.initial import start_from
 from clips_train.model import ClipsModel, build_model, sincos_positions
@@ -53,11 +53,11 @@ def _run(folder: Path, model: ClipsModel, config: TrainConfig = CONFIG) -> Path:
 
 def _export(folder: Path, model: ClipsModel, *, decoder: bool = True, config: dict[str, Any] | None = None) -> Path:
     folder.mkdir(exist_ok=True)
-    save_file(_weights(model.towers), folder / export.MODEL)
-    (folder / export.MODEL_CONFIG).write_text(json.dumps(config or open_clip_config(CONFIG)))
+    save_file(_weights(model.towers), folder / export_open_clip.MODEL)
+    (folder / export_open_clip.MODEL_CONFIG).write_text(json.dumps(config or open_clip_config(CONFIG)))
     if decoder:
         assert model.decoder is not None
-        save_file(_weights(model.decoder), folder / export.DECODER)
+        save_file(_weights(model.decoder), folder / export_decoder.DECODER)
     return folder
 
 
@@ -307,7 +307,7 @@ def test_a_captioner_of_another_depth_is_refused(source: ClipsModel, tmp_path: P
         f"transformer.resblocks.1.{name}": tensor.clone()
         for name, tensor in _weights(source.decoder.transformer.resblocks[0]).items()
     }
-    save_file(_weights(source.decoder) | deeper, folder / export.DECODER)
+    save_file(_weights(source.decoder) | deeper, folder / export_decoder.DECODER)
     with pytest.raises(UserError, match="captioner whose number of blocks is 2, that of size tiny has 1"):
         _started(CONFIG, folder)
 
@@ -377,10 +377,10 @@ def test_names_of_nothing_are_refused_with_the_nearest_one(name: str, message: s
 def test_folders_without_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"):
         _started(CONFIG, tmp_path)
-    (tmp_path / export.MODEL_CONFIG).write_text("{}")
+    (tmp_path / export_open_clip.MODEL_CONFIG).write_text("{}")
     with pytest.raises(UserError, match="but no weights"):
         _started(CONFIG, tmp_path)
-    save_file({"visual.proj": torch.ones(2)}, tmp_path / export.MODEL)
+    save_file({"visual.proj": torch.ones(2)}, tmp_path / export_open_clip.MODEL)
     with pytest.raises(UserError, match="no configuration of open_clip"):
         _started(CONFIG, tmp_path)
 
@@ -403,8 +403,11 @@ def test_weights_from_the_hub_are_those_of_its_files(
     model, lines = _started(CONFIG, "hf-hub:owner/model@v2")
     _assert_same(model.towers, source.towers)
     assert lines[0] == "starting from hf-hub:owner/model@v2"
-    assert set(asked) == {("owner/model", export.MODEL, "v2"), ("owner/model", export.MODEL_CONFIG, "v2")}
-    (folder / export.MODEL).unlink()
+    assert set(asked) == {
+        ("owner/model", export_open_clip.MODEL, "v2"),
+        ("owner/model", export_open_clip.MODEL_CONFIG, "v2"),
+    }
+    (folder / export_open_clip.MODEL).unlink()
     with pytest.raises(UserError, match=r"hf-hub:owner/model could not be fetched.*Check the name"):
         _started(CONFIG, "hf-hub:owner/model")
 
