@@ -136,7 +136,7 @@ def test_images_outside_the_folder_are_refused(tmp_path: Path, name: str) -> Non
 def test_two_lists_or_none_have_to_be_told_apart(tmp_path: Path) -> None:
     coco(tmp_path, [karpathy_row(1)])
     put(tmp_path / "dataset_coco_small.json", {"images": [karpathy_row(1)]})
-    refused(tmp_path, "but has 2 of them. Name the list with annotations")
+    refused(tmp_path, "but has these: dataset_.*, dataset_.*. Name the list with annotations")
     data = opened(tmp_path, annotations=str(tmp_path / "dataset_coco_small.json"))
     assert data.about["annotations"] == "dataset_coco_small.json"
 
