@@ -60,6 +60,11 @@ class Stage:
         return job.out or job.work / self.folder(config, run)
 
 
+def _shards_of(job: Job) -> Path:
+    """The folder of the shards that were named, else that of the work folder."""
+    return job.only[0].parent if job.only else job.work / "shards"
+
+
 def _call_embed(stage: Stage, config: Any, job: Job, run: str) -> Report:
     import contextlib
 
@@ -71,7 +76,7 @@ def _call_embed(stage: Stage, config: Any, job: Job, run: str) -> Report:
     with contextlib.nullcontext() if job.dry_run else locks.alone(out, "embedding", job.slice):
         done = load(stage.entry)(
             config,
-            shards=job.only[0].parent if job.only else job.work / "shards",
+            shards=_shards_of(job),
             out=out,
             runs=job.work / "runs",
             only=[path.name.removesuffix(".tar") for path in job.only] if job.only else None,
@@ -101,7 +106,7 @@ def _call_eval(stage: Stage, config: Any, job: Job, run: str) -> Report:
     from . import scores
 
     started = time.monotonic()
-    shards = job.only[0].parent if job.only else job.work / "shards"
+    shards = _shards_of(job)
     out = stage.output(config, job, run)
     if job.dry_run:
         return _dry(stage, out)
@@ -114,7 +119,7 @@ def _call_eval(stage: Stage, config: Any, job: Job, run: str) -> Report:
 def _call_export(stage: Stage, config: Any, job: Job, run: str) -> Report:
     """It reads a run's checkpoint and the shards, and writes into the run's folder."""
     started = time.monotonic()
-    shards = job.only[0].parent if job.only else job.work / "shards"
+    shards = _shards_of(job)
     out = stage.output(config, job, run)
     if job.dry_run:
         return _dry(stage, out)
@@ -128,7 +133,7 @@ def _call_probe(stage: Stage, config: Any, job: Job, run: str) -> Report:
     from . import probed
 
     started = time.monotonic()
-    shards = job.only[0].parent if job.only else job.work / "shards"
+    shards = _shards_of(job)
     out = stage.output(config, job, run)
     if job.dry_run:
         return _dry(stage, out)

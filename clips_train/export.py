@@ -226,11 +226,23 @@ def _write_about(folder: Path, about: dict[str, Any], run: Path, shards: Path) -
     ledger.write_json(folder / ABOUT, {**about, "card_sha256": ledger.digest_bytes(card)})
 
 
+def _place(folder: Path, name: str) -> Path:
+    """What of a format has to be there: its folder, or open_clip's weights, which lie in the export itself."""
+    return folder / (export_open_clip.MODEL if name == "open_clip" else name)
+
+
 def _finished(config: ExportConfig, folder: Path, newest: Path, weights_digest: str, shards: Path) -> dict[str, Any]:
     path = folder / ABOUT
     if not path.is_file():
         raise ResumeRefused(f"{folder} is there but was not made by `clips export`. Use --overwrite to replace it.")
-    about = json.loads(path.read_text())
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        about["weights_sha256"], about["checkpoint"], about["max_abs_differences"].items(), about["card_sha256"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ResumeRefused(
+            f"{path} is damaged, or of an older version of clips ({type(error).__name__}: {error}). Use --overwrite to "
+            "export again."
+        ) from None
     if about["weights_sha256"] != weights_digest:
         raise ResumeRefused(
             f"{folder} was exported from {about['checkpoint']}, the newest checkpoint is {newest.name} with other "
@@ -240,6 +252,11 @@ def _finished(config: ExportConfig, folder: Path, newest: Path, weights_digest: 
     if missing:
         raise ResumeRefused(
             f"{folder} was exported without {' and '.join(missing)}. Use --overwrite to export it again."
+        )
+    gone = [name for name in about["formats"] if not _place(folder, name).exists()]
+    if gone:
+        raise ResumeRefused(
+            f"{_place(folder, gone[0])} of the finished export is not there any more. Use --overwrite to export again."
         )
     if off := [name for name, found in about["max_abs_differences"].items() if not worst(found) <= config.tolerance]:
         raise ResumeRefused(

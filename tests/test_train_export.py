@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -359,3 +360,21 @@ def test_code_spans_hold_any_text_on_one_line(text: Any) -> None:
     assert fence and span.endswith(fence[0]) and "\n" not in span
     inner = span[len(fence[0]) : -len(fence[0])]
     assert inner and fence[0] not in re.findall("`+", inner)
+
+
+def test_a_finished_export_that_was_spoilt_is_refused_and_made_again(tmp_path: Path) -> None:
+    folder, shards = untrained(tmp_path, decoder="none", caption_weight=0)
+    config = ExportConfig(formats=("open_clip", "timm"))
+    export(config, run=folder, shards=shards)
+    weights, about = folder / "export" / "open_clip_model.safetensors", folder / "export" / "clips_export.json"
+    for spoil, says in (
+        (weights.unlink, "open_clip_model.safetensors of the finished export is not there any more"),
+        (lambda: shutil.rmtree(folder / "export" / "timm"), "timm of the finished export is not there any more"),
+        (lambda: about.write_text('{"checkpoint": 1'), "clips_export.json is damaged, or of an older version"),
+        (lambda: about.write_text("{}"), "clips_export.json is damaged, or of an older version"),
+    ):
+        spoil()
+        with pytest.raises(ResumeRefused, match=f"{says}.*--overwrite"):
+            export(config, run=folder, shards=shards)
+        export(config, run=folder, shards=shards, overwrite=True)
+    assert export(config, run=folder, shards=shards)["num_compared"] > 0
